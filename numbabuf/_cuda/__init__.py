@@ -1,0 +1,256 @@
+"""The only door to numba.cuda and cuda.core: memory, streams, events, capture and launches on one of two backends.
+
+`SIM` tells the backends apart: the CUDA driver through numba-cuda, or Numba's simulator (NUMBA_ENABLE_CUDASIM=1).
+Importing this never touches a device; the first call that needs one checks for it and, where there is none, says how
+to choose the simulator. Sits below `errors` and `config`; everything else in numbabuf sits above nothing but this.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.core import config as _numba_config
+
+from ..errors import BackendError
+from . import operands
+
+SIM = bool(_numba_config.ENABLE_CUDASIM)
+"""Whether Numba's simulator runs the kernels; fixed when numba is imported."""
+
+if SIM:
+    from . import simulator as _impl
+else:
+    from . import driver as _impl  # type: ignore[no-redef]
+
+Stream, Event, Graph, Capture = _impl.Stream, _impl.Event, _impl.Graph, _impl.Capture
+
+captures = _impl.captures
+"""The open captures by thread, always this one dictionary: where a call of `capturing` would cost too much."""
+watch_operands = operands.watchers.append
+"""Register a function that is called with each operand of a capture and returns what its graph shall keep alive."""
+
+captures = _impl.captures
+"""Thread -> the capture it has open. Empty, and so false, nearly always: the cheapest test a hot path can make."""
+
+__all__ = [
+    "SIM",
+    "Capture",
+    "Event",
+    "Graph",
+    "Stream",
+    "address",
+    "as_stream",
+    "backend",
+    "captures",
+    "captures",
+    "capturing",
+    "copy",
+    "cuda",
+    "device_bytes",
+    "device_id",
+    "device_name",
+    "device_view",
+    "empty_device",
+    "empty_managed",
+    "empty_pinned",
+    "flush_pending_frees",
+    "host_view",
+    "is_capture_error",
+    "is_out_of_memory",
+    "launch",
+    "launch_shape",
+    "memory_info",
+    "require",
+    "synchronize",
+    "watch_operands",
+    "zero",
+]
+
+_HOW_TO = (
+    "To run on a GPU: pip install numbabuf[cu13] (or [cu12]) on a machine with an NVIDIA driver. "
+    "To run without one: set NUMBA_ENABLE_CUDASIM=1 in the environment before Python starts."
+)
+_ready = threading.local()  # a CUDA context is current per thread
+
+
+def require() -> None:
+    """Make the device usable from this thread, once per thread.
+
+    Raises
+    ------
+    BackendError
+        There is no usable device and the simulator was not chosen.
+
+    Notes
+    -----
+    Threads: the driver wants a current context in each thread that calls it; this sets the device's primary one.
+    """
+    if getattr(_ready, "done", False):
+        return
+    try:
+        _impl.require()
+    except Exception as error:
+        raise BackendError(f"no CUDA device can be used ({type(error).__name__}: {error}). {_HOW_TO}") from error
+    _ready.done = True
+
+
+def backend() -> str:
+    """Return "simulator" or "cuda"."""
+    return "simulator" if SIM else "cuda"
+
+
+def device_id() -> int:
+    """Return the ordinal of this thread's device."""
+    require()
+    return _impl.device_id()
+
+
+def device_name() -> str:
+    """Return the name of this thread's device, "simulator" in the simulator."""
+    require()
+    return _impl.device_name()
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def empty_device(nbytes: int) -> Any:
+    """Allocate `nbytes` > 0 of device memory: a Numba device array of uint8. Contents are undefined."""
+    require()
+    return cuda.device_array(nbytes, np.uint8)
+
+
+def empty_pinned(nbytes: int) -> np.ndarray:
+    """Allocate `nbytes` > 0 of page-locked host memory: a NumPy array of uint8. Contents are undefined."""
+    require()
+    return cuda.pinned_array(nbytes, np.uint8)  # type: ignore[no-any-return]
+
+
+def empty_managed(nbytes: int) -> np.ndarray:
+    """Allocate `nbytes` > 0 of managed memory: a NumPy array of uint8 (plain memory in the simulator)."""
+    require()
+    return _impl.empty_managed(nbytes)
+
+
+def address(array: Any) -> int:
+    """Return the address of the first byte of a device, pinned or managed array, as a kernel sees it.
+
+    Unified addressing gives page-locked memory one address on the host and on the device (CUDA C++ Programming
+    Guide, "Unified Virtual Address Space"), so the host's pointer serves for both.
+    """
+    return _impl.address(array)
+
+
+def device_bytes(array: Any) -> int:
+    """Return the number of bytes an array of this backend spans."""
+    return int(array.nbytes)
+
+
+def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    """Return a typed device array over `base` from byte `offset`, without a copy.
+
+    The view keeps `base` alive and, made over pinned or managed memory, may be given to a kernel on any stream
+    (Numba refuses the NumPy array itself there). bfloat16, which Numba cannot type, is viewed as uint16.
+    Cost: about 30 us; cache it.
+    """
+    if dtype.kind == "V" and dtype.name == "bfloat16":
+        dtype = np.dtype(np.uint16)
+    return _impl.device_view(base, offset, shape, dtype)
+
+
+def host_view(base: np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return a typed NumPy view over pinned or managed `base` from byte `offset`, keeping it alive."""
+    return np.ndarray(shape, dtype, buffer=np.ndarray.view(base, np.ndarray), offset=offset)
+
+
+def memory_info() -> tuple[int, int] | None:
+    """Return (free, total) bytes of the device, or None where nobody knows.
+
+    None in the simulator and under an external memory manager that does not implement the query.
+    """
+    require()
+    if SIM:
+        return None
+    try:
+        info = cuda.current_context().get_memory_info()
+    except NotImplementedError:
+        return None
+    return int(info[0]), int(info[1])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is the driver's or the host's word for no memory left."""
+    return isinstance(error, MemoryError) or _impl.is_out_of_memory(error)
+
+
+def is_capture_error(error: BaseException) -> bool:
+    """Return whether `error` is the driver's refusal of something that a capture forbids."""
+    return _impl.is_capture_error(error)
+
+
+def flush_pending_frees() -> None:
+    """Carry out the frees that Numba has put off. Not during a capture: it calls cuMemFree."""
+    _impl.flush_pending_frees()
+
+
+# ------------------------------------------------------------------------------------------- streams and launches
+
+
+def as_stream(stream: Any) -> Any:
+    """Turn what a user calls a stream into a `Stream`.
+
+    Parameters
+    ----------
+    stream
+        A Numba stream, a cuda.core stream, anything with ``__cuda_stream__``, a `Stream`, or None for a new
+        non-blocking one.
+
+    Raises
+    ------
+    TypeError
+        It is none of those.
+    """
+    if isinstance(stream, Stream):
+        return stream
+    require()
+    return _impl.new_stream() if stream is None else _impl.wrap_stream(stream)
+
+
+def launch(kernel: Any, grid: Any, block: Any, stream: Any, *args: Any) -> None:
+    """Launch a `@cuda.jit` kernel on a `Stream`."""
+    kernel[grid, block, stream.numba](*args)
+
+
+def launch_shape(work: int, *, threads: int = 256, max_blocks: int = 64) -> tuple[int, int]:
+    """Return (blocks, threads) for `work` items handled by a grid-stride kernel.
+
+    The simulator starts one thread of the operating system per CUDA thread, so there the answer is (1, 1) to (1, 4).
+    """
+    if SIM:
+        return 1, max(1, min(4, work))
+    return max(1, min(max_blocks, -(-work // threads))), threads
+
+
+def copy(dst: Any, src: Any, stream: Any) -> None:
+    """Queue a copy between two device arrays of equal byte size on `stream`."""
+    dst.copy_to_device(src, stream=stream.numba)
+
+
+def zero(array: Any, stream: Any) -> None:
+    """Queue zeroing a device array of uint8 on `stream`."""
+    _impl.zero(array, stream)
+
+
+def synchronize() -> None:
+    """Block the host until all work on the device is done, that of destroyed streams included."""
+    if not SIM:
+        require()
+        cuda.synchronize()
+
+
+def capturing() -> bool:
+    """Return whether a capture begun through this module is open on the device, in any thread."""
+    return bool(captures)

@@ -1,0 +1,334 @@
+"""The CUDA backend: streams, events and graph capture over numba-cuda and cuda.core.
+
+One of the two implementations behind `numbabuf._cuda`, and like it the only place that knows these packages. Imports
+them when first needed, so that numbabuf can be imported where they, or a device, are missing.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from ..errors import CaptureError
+from .operands import kept
+
+
+def require() -> None:
+    """Check for numba-cuda and a device, and make the device's primary context current in this thread."""
+    try:
+        from cuda.core import Device  # noqa: F401
+    except ImportError:
+        raise ImportError("the package numba-cuda (with cuda-core) is not installed") from None
+    cuda.current_context()
+
+
+def device_id() -> int:
+    return int(cuda.get_current_device().id)
+
+
+def device_name() -> str:
+    name = cuda.get_current_device().name
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def empty_managed(nbytes: int) -> np.ndarray:
+    return cuda.managed_array(nbytes, np.uint8)  # type: ignore[no-any-return]
+
+
+def address(array: Any) -> int:
+    if isinstance(array, np.ndarray):
+        return int(array.ctypes.data)
+    return int(array.__cuda_array_interface__["data"][0])
+
+
+def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    interface = {
+        "shape": shape,
+        "strides": None,
+        "data": (address(base) + offset, False),
+        "typestr": dtype.str,
+        "version": 3,
+    }
+    return cuda.from_cuda_array_interface(interface, owner=base)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    code = getattr(error, "code", None)
+    return getattr(code, "name", "") == "CUDA_ERROR_OUT_OF_MEMORY" or code == 2
+
+
+def is_capture_error(error: BaseException) -> bool:
+    # numba-cuda and cuda.core have exception types of their own; both name the driver's error in their text
+    return "STREAM_CAPTURE" in f"{getattr(error, 'code', '')!r} {error}"
+
+
+def flush_pending_frees() -> None:
+    manager = cuda.current_context().memory_manager
+    pending = getattr(manager, "deallocations", None)  # an external memory manager need not keep such a queue
+    if pending is not None:
+        pending.clear()
+
+
+def zero(array: Any, stream: Stream) -> None:
+    from numba.cuda.cudadrv.driver import device_memset
+
+    device_memset(array, 0, array.nbytes, stream=stream.numba)
+
+
+class Stream:
+    """A CUDA stream in the three forms its users want: for Numba, for cuda.core and as a bare handle.
+
+    Attributes
+    ----------
+    numba
+        The Numba stream; what kernels are launched on (``kernel[grid, block, stream.numba]``).
+    core
+        The cuda.core stream, which graphs are launched on.
+    handle : int
+        The driver's handle.
+    """
+
+    __slots__ = ("__weakref__", "core", "handle", "numba")
+
+    def __init__(self, core: Any) -> None:
+        self.core = core
+        self.handle = int(core.handle)
+        self.numba = cuda.external_stream(self.handle)
+        self.numba.owner = core  # whoever holds the Numba stream keeps the driver's stream alive
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+    def synchronize(self) -> None:
+        """Block until all work queued so far is done; raises what that work raised."""
+        self.core.sync()
+
+    def query(self) -> bool:
+        """Return whether all work queued so far is done; raises what that work raised."""
+        from numba.cuda.cudadrv.driver import CudaAPIError, driver
+
+        try:
+            driver.cuStreamQuery(self.handle)
+        except CudaAPIError as error:
+            if getattr(error.code, "name", "") == "CUDA_ERROR_NOT_READY":
+                return False
+            raise
+        return True
+
+
+def new_stream() -> Stream:
+    return Stream(_core_device().create_stream())  # non-blocking by cuda.core's default
+
+
+def wrap_stream(stream: Any) -> Stream:
+    from cuda.core import Stream as CoreStream
+
+    if isinstance(stream, CoreStream):
+        return Stream(stream)
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        return Stream(CoreStream.from_handle(stream))
+    if not hasattr(stream, "__cuda_stream__"):
+        raise TypeError(f"{stream!r} is no stream: give a Numba or cuda.core stream, or an object with __cuda_stream__")
+    wrapped = Stream(CoreStream.from_handle(int(stream.__cuda_stream__()[1])))
+    wrapped.numba.owner = stream
+    return wrapped
+
+
+def _core_device() -> Any:
+    from cuda.core import Device
+
+    device = Device(device_id())
+    device.set_current()
+    return device
+
+
+class Event:
+    """A timing-free event, made once and recorded again and again."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = cuda.event(timing=False)
+
+    def record(self, stream: Stream) -> None:
+        """Mark the work queued on `stream` so far."""
+        self._event.record(stream.numba)
+
+    def query(self) -> bool:
+        """Return whether the marked work is done."""
+        return bool(self._event.query())
+
+    def synchronize(self) -> None:
+        """Block the host until the marked work is done."""
+        self._event.synchronize()
+
+    def wait(self, stream: Stream) -> None:
+        """Make later work on `stream` wait for the marked work; the host does not wait."""
+        self._event.wait(stream.numba)
+
+
+# --------------------------------------------------------------------------------------------------------- capture
+
+_capture_lock = threading.Lock()
+captures: dict[int, Capture] = {}  # thread -> the capture it has open
+_originals: dict[tuple[type, str], Any] = {}
+
+
+class Graph:
+    """An instantiated graph and everything its nodes read or write.
+
+    cuda.core keeps no operand alive; `operands` does, until `close`.
+    """
+
+    __slots__ = ("_exec", "launch_on", "operands")
+
+    def __init__(self, executable: Any, operands: list[Any]) -> None:
+        self._exec = executable
+        self.operands = operands
+        self.launch_on = executable.launch
+        """`launch_on(stream.core)` queues one replay: the hot path's only driver call."""
+
+    def close(self) -> None:
+        """Destroy the graph; the caller has waited for its replays."""
+        if self._exec is not None:
+            self.launch_on = None
+            self._exec.close()
+            self._exec = None
+            self.operands = []
+
+
+class Capture:
+    """Records the work queued on one stream into a graph, and who its operands are.
+
+    `begin`, then launches on the stream, then `end` (a `Graph`) or `abort`. While it is open Numba's pending frees are
+    put off (cuMemFree is forbidden in a capture), and launches by this thread on a stream that is not part of the
+    capture are refused: they would run at once and be missing from every replay.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._operands: list[Any] = []
+        self._builder: Any = None
+        self._deferral: Any = None
+
+    def begin(self) -> None:
+        thread = threading.get_ident()
+        with _capture_lock:
+            if thread in captures:
+                raise CaptureError("this thread already has a capture open: end it before beginning another")
+            _hook()
+            captures[thread] = self
+        try:
+            self._deferral = cuda.defer_cleanup()
+            self._deferral.__enter__()
+            self._builder = self.stream.core.create_graph_builder()
+            # thread_local: another thread may go on allocating and synchronising, this one may not (CUDA driver API,
+            # cuThreadExchangeStreamCaptureMode).
+            self._builder.begin_building("thread_local")
+        except BaseException:
+            self._leave()
+            raise
+
+    def end(self) -> Graph:
+        try:
+            executable = self._builder.end_building().complete()
+        except Exception as error:
+            raise CaptureError(
+                f"the driver refused the capture ({error}). Usual causes: a kernel compiled or loaded for the first "
+                "time inside it (launch it once before), a synchronisation, or an allocation"
+            ) from error
+        finally:
+            self._leave()
+        return Graph(executable, self._operands)
+
+    def abort(self) -> None:
+        """Give the capture up and leave the stream usable."""
+        try:
+            self._builder.end_building()
+        except Exception:  # an invalidated capture reports itself here; the stream has left capture mode either way
+            pass
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with _capture_lock:
+            captures.pop(threading.get_ident(), None)
+            if not captures:
+                _unhook()
+        if self._builder is not None:
+            self._builder.close()
+            self._builder = None
+        if self._deferral is not None:
+            self._deferral.__exit__(None, None, None)
+            self._deferral = None
+
+    def keep(self, operand: Any) -> None:
+        """Keep `operand` alive as long as the graph."""
+        self._operands.extend(kept(operand))
+
+    def check(self, stream: Any, what: str) -> None:
+        """Refuse work on a stream that the capture does not see."""
+        handle = int(getattr(stream, "handle", stream) or 0)
+        if handle == self.stream.handle:
+            return
+        from numba.cuda.cudadrv.driver import driver
+
+        if not handle or int(driver.cuStreamIsCapturing(handle)) == 0:
+            raise CaptureError(
+                f"{what} was queued on another stream while a graph is captured, so that no replay would run it: "
+                f"give it the step's stream"
+            )
+
+
+def _hook() -> None:
+    """Make Numba's launches and copies tell the open captures about their operands.
+
+    Neither the driver nor cuda.core refers to the Python objects behind a kernel's arguments, and Numba has no
+    callback that sees them, so the three functions that queue work are wrapped while a capture is open.
+    """
+    if _originals:
+        return
+    from numba.cuda.cudadrv.devicearray import DeviceNDArrayBase
+    from numba.cuda.dispatcher import CUDADispatcher
+
+    launch = CUDADispatcher.call
+
+    def call(self: Any, args: Any, launch_config: Any) -> Any:
+        capture = captures.get(threading.get_ident())
+        if capture is not None:
+            capture.check(launch_config.stream, f"kernel {self.py_func.__name__}")
+            capture.keep(args)
+        return launch(self, args, launch_config)
+
+    def wrap_copy(name: str) -> Any:
+        original = getattr(DeviceNDArrayBase, name)
+
+        def copy(self: Any, ary: Any = None, stream: Any = 0) -> Any:
+            capture = captures.get(threading.get_ident())
+            if capture is None:
+                return original(self, ary, stream=stream)
+            capture.check(stream, name)
+            if ary is None:
+                raise CaptureError(f"{name} without a target cannot be captured: give it a pinned array to write to")
+            capture.keep((self, ary))
+            return original(self, ary, stream=stream)
+
+        return copy
+
+    _replace(CUDADispatcher, "call", call)
+    for name in ("copy_to_device", "copy_to_host"):
+        _replace(DeviceNDArrayBase, name, wrap_copy(name))
+
+
+def _replace(owner: type, name: str, function: Any) -> None:
+    _originals[owner, name] = getattr(owner, name)
+    setattr(owner, name, function)
+
+
+def _unhook() -> None:
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
+    _originals.clear()

@@ -1,0 +1,264 @@
+"""The simulator backend: what Numba's simulator lacks, so that the same numbabuf calls run without a GPU.
+
+One of the two implementations behind `numbabuf._cuda`. The simulator runs each launch at once, so streams and events
+have nothing to wait for; a capture records launches and copies, and a replay runs them again. The simulator keeps a
+launch's configuration on the kernel itself and runs one kernel at a time, so one lock goes round every launch.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+from numba.cuda.simulator.kernel import FakeCUDAKernel
+
+from ..errors import CaptureError
+from .operands import kept
+
+_lock = threading.RLock()
+captures: dict[int, Capture] = {}  # thread -> the capture it has open
+_NumbaStream = type(cuda.stream())
+
+
+def require() -> None:
+    """Install the recording launches, once."""
+    _install()
+
+
+def device_id() -> int:
+    return 0
+
+
+def device_name() -> str:
+    return "simulator"
+
+
+def empty_managed(nbytes: int) -> np.ndarray:
+    return np.empty(nbytes, np.uint8)
+
+
+def _host(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else array._ary  # type: ignore[no-any-return]
+
+
+def address(array: Any) -> int:
+    return int(_host(array).ctypes.data)
+
+
+def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+    return FakeCUDAArray(np.ndarray(shape, dtype, buffer=_host(base), offset=offset))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError)
+
+
+def is_capture_error(error: BaseException) -> bool:
+    return False
+
+
+def flush_pending_frees() -> None:
+    """Nothing is put off here."""
+
+
+def zero(array: Any, stream: Stream) -> None:
+    _host(array)[...] = 0
+
+
+class _RecordingStream(_NumbaStream):  # type: ignore[misc, valid-type]
+    """What kernels are launched on; knows the capture it is part of."""
+
+    capture: Capture | None = None
+    owner: Any = None
+
+    def __bool__(self) -> bool:
+        return True
+
+
+class Stream:
+    """A stream, in the same three forms as the driver's backend has; here all work on it is done at once."""
+
+    __slots__ = ("__weakref__", "core", "handle", "numba")
+
+    def __init__(self, numba: Any) -> None:
+        self.numba = numba
+        self.core = self
+        self.handle = id(numba)
+
+    def synchronize(self) -> None:
+        """All work is already done."""
+
+    def query(self) -> bool:
+        """All work is already done."""
+        return True
+
+
+def new_stream() -> Stream:
+    return Stream(_RecordingStream())
+
+
+def wrap_stream(stream: Any) -> Stream:
+    if isinstance(stream, _RecordingStream):
+        return Stream(stream)
+    if isinstance(stream, _NumbaStream) or hasattr(stream, "__cuda_stream__") or stream == 0:
+        wrapped = new_stream()
+        wrapped.numba.owner = stream  # one user stream, wrapped twice, is still told to be one: same handle and owner
+        wrapped.handle = 0 if stream == 0 else id(stream)
+        return wrapped
+    raise TypeError(f"{stream!r} is no stream: give a Numba or cuda.core stream, or an object with __cuda_stream__")
+
+
+class Event:
+    """An event; recorded work is always done already."""
+
+    __slots__ = ()
+
+    def record(self, stream: Stream) -> None:
+        """Nothing to mark."""
+
+    def query(self) -> bool:
+        """Always done."""
+        return True
+
+    def synchronize(self) -> None:
+        """Always done."""
+
+    def wait(self, stream: Stream) -> None:
+        """Always done."""
+
+
+class Graph:
+    """The recorded launches, in order; their arguments stay alive with it."""
+
+    __slots__ = ("_tape", "launch_on", "operands")
+
+    def __init__(self, tape: list[Any], operands: list[Any]) -> None:
+        self._tape = tape
+        self.operands = operands
+        self.launch_on: Any = self._replay
+
+    def _replay(self, stream: Any) -> None:
+        with _lock:
+            for run in self._tape:
+                run()
+
+    def close(self) -> None:
+        """Forget the recorded launches."""
+        self.launch_on = None
+        self._tape, self.operands = [], []
+
+
+class Capture:
+    """Records what is queued on one stream instead of running it: `begin`, launches, then `end` or `abort`."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._tape: list[Any] = []
+        self._operands: list[Any] = []
+
+    def begin(self) -> None:
+        thread = threading.get_ident()
+        if thread in captures:
+            raise CaptureError("this thread already has a capture open: end it before beginning another")
+        if self.stream.numba.capture is not None:
+            raise CaptureError("a capture is already open on this stream")
+        captures[thread] = self
+        self.stream.numba.capture = self
+
+    def end(self) -> Graph:
+        self._leave()
+        return Graph(self._tape, self._operands)
+
+    def abort(self) -> None:
+        """Give the capture up and leave the stream usable."""
+        self._leave()
+
+    def _leave(self) -> None:
+        captures.pop(threading.get_ident(), None)
+        self.stream.numba.capture = None
+
+    def keep(self, operand: Any) -> None:
+        """Keep `operand` alive as long as the graph."""
+        self._operands.extend(kept(operand))
+
+    def record(self, run: Any, operands: Any) -> None:
+        """Put `run` on the tape."""
+        self._tape.append(run)
+        self._operands.extend(kept(operands))
+
+
+def _recorder(stream: Any, what: str) -> Capture | None:
+    """Return the capture that `stream` is part of; refuse work that this thread's capture would miss."""
+    capture: Capture | None = getattr(stream, "capture", None)
+    if capture is None and threading.get_ident() in captures:
+        raise CaptureError(
+            f"{what} was queued on another stream while a graph is captured, so that no replay would run it: "
+            f"give it the step's stream"
+        )
+    return capture
+
+
+class _Launch:
+    """`kernel[grid, block, stream]`, keeping to itself what the stock simulator puts on the kernel."""
+
+    def __init__(self, kernel: Any, configuration: Any) -> None:
+        self._kernel = kernel
+        self._configuration = configuration
+
+    def _run(self, args: Any) -> None:
+        with _lock:
+            _set_configuration(self._kernel, self._configuration)
+            _call_kernel(self._kernel, *args)
+
+    def __call__(self, *args: Any) -> None:
+        stream = self._configuration[2] if len(self._configuration) > 2 else 0
+        capture = _recorder(stream, f"kernel {self._kernel.fn.__name__}")
+        if capture is None:
+            self._run(args)
+            return
+        if any(type(arg) is np.ndarray for arg in args):
+            raise CaptureError(
+                f"kernel {self._kernel.fn.__name__} was given a NumPy array inside a capture: give it a device array"
+            )
+        capture.record(lambda: self._run(args), args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+
+_set_configuration = FakeCUDAKernel.__getitem__
+_call_kernel = FakeCUDAKernel.__call__
+_copy_to_device = FakeCUDAArray.copy_to_device
+_copy_to_host = FakeCUDAArray.copy_to_host
+_installed = False
+
+
+def _install() -> None:
+    global _installed
+    with _lock:
+        if _installed:
+            return
+        _installed = True
+
+    def copy_to_device(self: Any, ary: Any, stream: Any = 0) -> None:
+        capture = _recorder(stream, "copy_to_device")
+        if capture is None:
+            _copy_to_device(self, ary)
+        else:
+            capture.record(lambda: _copy_to_device(self, ary), (self, ary))
+
+    def copy_to_host(self: Any, ary: Any = None, stream: Any = 0) -> Any:
+        capture = _recorder(stream, "copy_to_host")
+        if capture is None:
+            return _copy_to_host(self, ary)
+        if ary is None:
+            raise CaptureError("copy_to_host without a target cannot be captured: give it a pinned array to write to")
+        capture.record(lambda: _copy_to_host(self, ary), (self, ary))
+        return ary
+
+    FakeCUDAKernel.__getitem__ = lambda self, configuration: _Launch(self, configuration)
+    FakeCUDAArray.copy_to_device = copy_to_device
+    FakeCUDAArray.copy_to_host = copy_to_host
