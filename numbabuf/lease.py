@@ -1,0 +1,118 @@
+"""The zero-copy way to stage a step: a lease on one staging block, ended exactly once.
+
+Only an open lease can write a block, and it makes its arrays read-only when it ends, so that no caller writes a block
+that a queued fill may still read. Sits above `staging`, below `manager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .errors import ClosedError
+from .slot import InputSlot
+from .staging import Block
+
+__all__ = ["Lease"]
+
+
+class Lease:
+    """The right to write one step's inputs straight into pinned memory.
+
+    Made by `InputBufferManager.stage`; use it as a context manager. Leaving the block normally fills the slots, unless
+    `replay` or `fill` was called in it; leaving it by an exception gives the staging block back unused.
+
+    Attributes
+    ----------
+    result
+        What ending the lease gave: the views of a fill, or the result of a replay.
+
+    Examples
+    --------
+    >>> import numbabuf
+    >>> manager = numbabuf.InputBufferManager(max_batch_size=1, max_seq_len=8)
+    >>> with manager.stage(3) as lease:
+    ...     lease["input_ids"][:] = [7, 8, 9]
+    >>> lease.result["input_ids"].copy_to_host().tolist()
+    [7, 8, 9, 0]
+    >>> manager.close()
+    """
+
+    def __init__(
+        self, block: Block, rows: dict[str, tuple[InputSlot, int]], finish: Callable[[Lease, str], Any]
+    ) -> None:
+        self._block = block
+        self._rows = rows
+        self._finish = finish
+        self._open = True
+        self._arrays: dict[str, np.ndarray] = {}
+        self.result: Any = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The array to write slot `name` into: its staged element type, shape (live rows, ...), contents undefined.
+
+        A slot that is never asked for is all padding. Slices of the array must not outlive the lease.
+        """
+        self._check_open()
+        array = self._arrays.get(name)
+        if array is None:
+            if name not in self._rows:
+                raise KeyError(f"{name!r} is no static slot; there are {', '.join(self._rows)}")
+            slot, rows = self._rows[name]
+            if rows * slot.width > slot.max_live:
+                raise ValueError(
+                    f"slot {name!r} stages at most max_live={slot.max_live} elements a step; "
+                    f"this one has {rows * slot.width}"
+                )
+            staged = self._block.staged[slot.position]
+            array = self._arrays[name] = staged[: rows * slot.width].reshape(rows, *slot.spec.shape[1:])
+        return array
+
+    def fill(self) -> dict[str, Any]:
+        """End the lease and fill the slots; returns the views, padded to the bucket."""
+        return self._end("fill")  # type: ignore[no-any-return]
+
+    def replay(self) -> Any:
+        """End the lease and replay the graph that serves the step; returns its result."""
+        return self._end("replay")
+
+    def discard(self) -> None:
+        """End the lease and give the block back unused."""
+        self._end("discard")
+
+    @property
+    def written(self) -> dict[str, np.ndarray]:
+        """The arrays that were asked for, by slot name."""
+        return self._arrays
+
+    @property
+    def block(self) -> Block:
+        """The leased block."""
+        return self._block
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise ClosedError(
+                "this lease has ended; its staging block may be in use for another step: call stage() again"
+            )
+
+    def _end(self, how: str) -> Any:
+        self._check_open()
+        self._open = False
+        for array in self._arrays.values():
+            array.flags.writeable = False
+        self.result = self._finish(self, how)
+        return self.result
+
+    def __enter__(self) -> Lease:
+        self._check_open()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if self._open:
+            self._end("fill" if kind is None else "discard")
+
+    def __repr__(self) -> str:
+        return f"Lease({'open' if self._open else 'ended'}, {', '.join(self._arrays) or 'nothing written'})"

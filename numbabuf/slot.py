@@ -1,0 +1,302 @@
+"""One named input: where it lies, what may be staged for it, and how its bytes get into a staging block.
+
+A slot knows the rules for its own values and nothing of rings, buckets or graphs; `manager` carves its memory and
+calls `write`. Sits above `spec` and `kernels`, below `staging`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import kernels
+from .spec import BufferSpec, is_bfloat16, resolve_dtype
+
+__all__ = ["CONVERSIONS", "InputSlot"]
+
+CONVERSIONS = {
+    ("int64", "int32"): kernels.I64_I32,
+    ("int32", "int64"): kernels.I32_I64,
+    ("float64", "float32"): kernels.F64_F32,
+    ("float32", "float16"): kernels.F32_F16,
+    ("float16", "float32"): kernels.F16_F32,
+    ("float32", "bfloat16"): kernels.F32_BF16,
+    ("bfloat16", "float32"): kernels.BF16_F32,
+}
+"""(staged type, slot's type) -> what `fill_slots` calls the conversion."""
+
+_PAD_MODES = {"repeat_last": kernels.PAD_REPEAT, "keep": kernels.PAD_KEEP}
+_AXIS = re.compile(r"([A-Za-z_]\w*)(?:\+(\d+))?")
+
+
+class InputSlot:
+    """A named static device array that captured graphs read.
+
+    Made by `InputBufferManager.register_slot`, which explains the parameters.
+
+    Attributes
+    ----------
+    name : str
+    spec : BufferSpec
+        Capacity and element type of the slot.
+    pad : scalar or str
+        What fills the part of a bucket that a step does not use: a value, "repeat_last" or "keep".
+    index : bool
+        Whether kernels use the values as indices, so that stale ones would read out of bounds.
+    axis : str or None
+        The size that the slot's first dimension follows; None for a slot that is always staged whole.
+    extra : int
+        What is added to that size: 1 for the "seqs+1" of a list of offsets.
+    source_dtype : numpy.dtype
+        Element type of what is staged; converted to the slot's on the device.
+    max_live : int
+        Most elements that one step can stage.
+    """
+
+    __slots__ = (
+        "_pad_words", "_resolve", "_set", "axis", "axis_index", "capacity", "checked", "columns_word", "extra", "flat",
+        "index", "max_live", "name", "operation", "pad", "pad_mode", "position", "source_dtype", "source_offset",
+        "spec", "static", "target_offset", "width", "word",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        spec: BufferSpec,
+        *,
+        static: bool,
+        pad: Any,
+        index: bool,
+        source_dtype: Any,
+        axis: str | None,
+        max_live: int | None,
+        range_check: bool,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"slot name {name!r} is no name: give a non-empty string")
+        if not isinstance(spec, BufferSpec):
+            raise TypeError(f"slot {name!r}: spec is {spec!r}: give a BufferSpec")
+        if not spec.shape or 0 in spec.shape:
+            raise ValueError(
+                f"slot {name!r}: shape {spec.shape} holds no elements: give at least one dimension, all >= 1"
+            )
+        self.name, self.spec, self.static, self.index = name, spec, bool(static), bool(index)
+        self.axis, self.extra = _parse_axis(name, axis)
+        self.capacity = spec.shape[0]
+        self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
+        self.flat = len(spec.shape) == 1
+        self.source_dtype = spec.dtype if source_dtype is None else resolve_dtype(source_dtype)
+        self.operation = self._find_conversion()
+        self.pad = pad
+        self.pad_mode, self._pad_words = self._find_pad()
+        elements = self.capacity * self.width
+        self.max_live = elements if max_live is None else int(max_live)
+        if not 1 <= self.max_live <= elements:
+            raise ValueError(f"slot {name!r}: max_live is {max_live}; the slot holds 1 to {elements} elements")
+        self.checked = range_check and self.operation == kernels.I64_I32
+        self.position = self.word = self.columns_word = self.axis_index = -1
+        self.source_offset = self.target_offset = -1
+        self._resolve: Callable[[InputSlot], Any] | None = None
+        self._set: Callable[[InputSlot, Any], None] | None = None
+
+    def _find_conversion(self) -> int:
+        source, target = self.source_dtype, self.spec.dtype
+        if target.itemsize not in (1, 2, 4, 8, 16):
+            raise TypeError(f"slot {self.name!r}: elements of {target.itemsize} bytes; use 1, 2, 4, 8 or 16")
+        if source == target:
+            return kernels.RAW
+        found = CONVERSIONS.get((source.name, target.name))
+        if found is None:
+            known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
+            raise TypeError(f"slot {self.name!r}: no conversion from {source} to {target}; there are {known}")
+        return found
+
+    def _find_pad(self) -> tuple[int, tuple[int, int]]:
+        if isinstance(self.pad, str):
+            if self.pad not in _PAD_MODES:
+                raise ValueError(f"slot {self.name!r}: pad {self.pad!r}; use a value, 'repeat_last' or 'keep'")
+            if self.pad == "keep" and self.index:
+                raise ValueError(
+                    f"slot {self.name!r} holds indices, and pad 'keep' would leave stale ones in the padding, which "
+                    "kernels follow out of bounds: use a valid index or 'repeat_last'"
+                )
+            return _PAD_MODES[self.pad], (0, 0)
+        dtype = self.spec.dtype
+        given = np.asarray(self.pad)
+        try:
+            if given.shape != ():
+                raise TypeError("it is not a scalar")
+            if dtype.kind in "iu" and given.dtype.kind in "iub":
+                info = np.iinfo(dtype)
+                if not info.min <= int(given) <= info.max:
+                    raise ValueError("it does not fit")
+            elif dtype.kind in "iub" and given.dtype.kind not in "iub":
+                raise TypeError("it is not an integer")
+            raw = given.astype(dtype).tobytes()
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"slot {self.name!r}: pad {self.pad!r} is no value of {dtype} ({error})") from None
+        words = np.frombuffer(raw * (16 // len(raw)), np.int64)
+        return kernels.PAD_VALUE, (int(words[0]), int(words[1]))
+
+    @property
+    def array(self) -> Any:
+        """The slot's whole device array; its address stays the same while a graph is live.
+
+        None for a slot that is not static. bfloat16 is shown as uint16, which is what Numba can type.
+        """
+        return None if self._resolve is None else self._resolve(self)
+
+    def set_data(self, data: Any) -> None:
+        """Stage `data` into this slot alone and pad the rest of it; the other slots keep what they hold.
+
+        Parameters
+        ----------
+        data
+            Host array of at most the slot's length; element type `source_dtype`, or one that casts to it safely.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError
+            As `InputBufferManager.stage_inputs`.
+
+        Notes
+        -----
+        Streams: queued on the manager's stream. Capture: refused inside one.
+        """
+        if self._set is None:
+            raise TypeError(f"slot {self.name!r} is not static: its values pass through stage_inputs untouched")
+        self._set(self, data)
+
+    def table_row(self, base: int) -> list[int]:
+        """The slot's row of the fill table, with the arena at address `base`."""
+        row = [0] * kernels.ROW
+        row[kernels.SOURCE] = self.source_offset
+        row[kernels.TARGET] = base + self.target_offset
+        row[kernels.OPERATION] = self.operation
+        row[kernels.SOURCE_ITEM] = self.source_dtype.itemsize
+        row[kernels.TARGET_ITEM] = self.spec.dtype.itemsize
+        row[kernels.PITCH] = self.width
+        row[kernels.PAD_MODE] = self.pad_mode
+        row[kernels.PAD_LOW], row[kernels.PAD_HIGH] = self._pad_words
+        return row
+
+    def coerce(self, data: Any, live: int) -> np.ndarray:
+        """Return `data` as an array that may be staged as `live` rows, or say what is wrong with it.
+
+        Raises
+        ------
+        TypeError
+            A device array, or an element type that does not cast safely to `source_dtype`.
+        ValueError
+            Wrong number of dimensions or rows, rows wider than the slot's, or more elements than `max_live`.
+        OverflowError
+            An integer does not fit the slot's narrower type (where the range check is on).
+        """
+        if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
+            raise TypeError(
+                f"input {self.name!r} is a device array; inputs are staged from the host. Copy it yourself on the "
+                "manager's stream: manager.get_slot(name).array.copy_to_device(data, stream=manager.stream)"
+            )
+        array = np.asarray(data)
+        if array.dtype != self.source_dtype and not (
+            array.size == 0 and not isinstance(data, np.ndarray) or _casts(array.dtype, self.source_dtype)
+        ):
+            raise TypeError(
+                f"input {self.name!r} has dtype {array.dtype}; the slot takes {self.source_dtype}: convert it, or "
+                "register the slot with another source_dtype"
+            )
+        shape = self.spec.shape
+        if array.ndim != len(shape):
+            raise ValueError(
+                f"input {self.name!r} has shape {array.shape}; the slot has {len(shape)} dimension(s): {shape}"
+            )
+        if array.shape[0] != live:
+            raise ValueError(
+                f"input {self.name!r} has {array.shape[0]} rows; this step has {live}"
+                f"{f' (axis {self.axis})' if self.axis else ''}{f' plus {self.extra}' if self.extra else ''}: "
+                "slice it or correct the step's size"
+            )
+        if live > self.capacity:
+            raise ValueError(
+                f"input {self.name!r} has {live} rows; the slot holds {self.capacity}: register a larger slot"
+            )
+        if array.ndim == 2 and array.shape[1] > shape[1]:
+            raise ValueError(f"input {self.name!r} has rows of {array.shape[1]}; the slot's rows hold {shape[1]}")
+        if array.ndim > 2 and array.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"input {self.name!r} has shape {array.shape}; past the first dimension it must be {shape[1:]}"
+            )
+        if array.size > self.max_live:
+            raise ValueError(
+                f"input {self.name!r} has {array.size} elements; "
+                f"the slot stages at most max_live={self.max_live} a step"
+            )
+        if self.checked:
+            self.check_range(array)
+        return array
+
+    def check_range(self, array: np.ndarray) -> None:
+        """Refuse int64 values that int32 cannot hold."""
+        if array.size and (
+            np.minimum.reduce(array, axis=None) < -(1 << 31) or np.maximum.reduce(array, axis=None) >= 1 << 31
+        ):
+            raise OverflowError(
+                f"input {self.name!r} holds values from {array.min()} to {array.max()}; the slot is int32. Correct the "
+                "values or register the slot as int64 (the check can be switched off with range_check=False)"
+            )
+
+    def write(self, words: Any, staged: np.ndarray, data: Any, live: int, padded: int) -> None:
+        """Check `data`, write it and its sizes into a staging block.
+
+        Parameters
+        ----------
+        words : memoryview of int64
+            The block's live words.
+        staged : numpy.ndarray, shape (max_live,)
+            The slot's part of the block, as `source_dtype`.
+        data
+            Host array of `live` rows.
+        padded : int
+            Rows of the slot that are valid after the fill.
+        """
+        array = self.coerce(data, live)
+        staged[: array.size].reshape(array.shape)[...] = array
+        self.describe(words, live, array.shape[1] if array.ndim == 2 else self.width, padded)
+
+    def describe(self, words: Any, live: int, columns: int, padded: int) -> None:
+        """Write into a block's words: `live` staged rows of `columns` elements, padded to `padded` rows."""
+        at, width = self.word, self.width
+        if self.flat or (columns == width and self.pad_mode != kernels.PAD_REPEAT):
+            # One long row; for rows that are repeated as a whole the kernel has to know where they begin.
+            words[at + kernels.ROWS] = words[at + kernels.PADDED_ROWS] = 1
+            words[at + kernels.COLUMNS] = live * width
+            words[at + kernels.PADDED_COLUMNS] = padded * width
+        else:
+            words[at + kernels.ROWS] = live
+            words[at + kernels.COLUMNS] = columns
+            words[at + kernels.PADDED_ROWS] = padded
+            words[at + kernels.PADDED_COLUMNS] = width
+
+    def __repr__(self) -> str:
+        extra = f"+{self.extra}" if self.extra else ""
+        return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
+
+
+def _casts(source: np.dtype, target: np.dtype) -> bool:
+    if is_bfloat16(source) or is_bfloat16(target):
+        return False
+    return bool(np.can_cast(source, target, "safe")) and source.kind in "biufc"
+
+
+def _parse_axis(name: str, axis: str | None) -> tuple[str | None, int]:
+    if axis is None:
+        return None, 0
+    match = _AXIS.fullmatch(axis) if isinstance(axis, str) else None
+    if match is None:
+        raise ValueError(
+            f"slot {name!r}: axis {axis!r}; give a name such as 'tokens', or one with an offset such as 'seqs+1'"
+        )
+    return match[1], int(match[2] or 0)

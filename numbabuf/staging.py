@@ -1,0 +1,137 @@
+"""The staging ring: pinned blocks that the host writes in turn and the fill kernel reads in place.
+
+A block may be written again once its fill has read it, which the kernel itself reports (see `kernels.fill_slots`);
+depth alone guards nothing. The ring knows bytes and steps, not inputs or graphs. Sits above `slot`, below `graph`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from . import _cuda, kernels
+from .slot import InputSlot
+
+__all__ = ["ALIGNMENT", "Block", "StagingRing", "align"]
+
+ALIGNMENT = 256
+"""Bytes on which blocks, and slots within the arena, begin: what the driver aligns its own allocations to."""
+
+
+def align(nbytes: int) -> int:
+    """Return `nbytes` rounded up to `ALIGNMENT`."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Block:
+    """One block of the ring, seen by the host.
+
+    Attributes
+    ----------
+    words : memoryview of int64
+        The live words, `kernels.LIVE` per slot.
+    staged : list of numpy.ndarray
+        Per slot position, its part of the block: shape (max_live,), `source_dtype`.
+    bucket : object
+        What the padded sizes in `words` were last written for.
+    """
+
+    __slots__ = ("bucket", "staged", "words")
+
+    def __init__(self, memory: np.ndarray, offset: int, slots: tuple[InputSlot, ...]) -> None:
+        nbytes = len(slots) * kernels.LIVE * kernels.WORD
+        self.words = memoryview(memory[offset : offset + nbytes]).cast("q")  # type: ignore[arg-type]
+        self.staged = [
+            _cuda.host_view(memory, offset + slot.source_offset, (slot.max_live,), slot.source_dtype) for slot in slots
+        ]
+        self.bucket: Any = None
+
+
+class StagingRing:
+    """`depth` pinned blocks and the count of steps staged through them.
+
+    Parameters
+    ----------
+    memory : numpy.ndarray of uint8
+        Pinned memory of at least `nbytes(slots, depth)` bytes.
+    slots
+        The static slots; their `source_offset` is set by `nbytes`.
+    depth
+        Number of blocks, >= 1.
+    stream : _cuda.Stream
+        Where the fills are queued.
+
+    Notes
+    -----
+    Threads: the owner holds a lock round `acquire` to `advance`.
+    """
+
+    def __init__(self, memory: np.ndarray, slots: tuple[InputSlot, ...], depth: int, stream: Any) -> None:
+        self.depth = depth
+        self.step = 0
+        self.waits = 0
+        self._stream = stream
+        self._retired = memoryview(memory[: kernels.WORD]).cast("q")  # type: ignore[arg-type]
+        self._retired[0] = 0
+        self.block_bytes = (self.nbytes(slots, depth) - ALIGNMENT) // depth
+        self.address = _cuda.address(memory) + ALIGNMENT
+        self.retired_address = _cuda.address(memory)
+        self.blocks = [Block(memory, ALIGNMENT + i * self.block_bytes, slots) for i in range(depth)]
+
+    @staticmethod
+    def nbytes(slots: tuple[InputSlot, ...], depth: int) -> int:
+        """Lay the slots out in a block and return the bytes of the whole ring."""
+        offset = align(len(slots) * kernels.LIVE * kernels.WORD)
+        for slot in slots:
+            slot.source_offset = offset
+            offset += align(slot.max_live * slot.source_dtype.itemsize)
+        return ALIGNMENT + depth * offset
+
+    def acquire(self) -> Block:
+        """Return the next block, once its last fill has read it.
+
+        Raises
+        ------
+        Exception
+            What the driver reports for the stream, if queued work has failed while the ring was full.
+        """
+        # Hot path, guarded by benchmarks/step.py.
+        step = self.step
+        if step - self._retired[0] >= self.depth:
+            self._wait(step)
+        return self.blocks[step % self.depth]
+
+    def advance(self) -> None:
+        """Count the acquired block as staged: a fill that reads it has been queued."""
+        self.step += 1
+
+    @property
+    def pending(self) -> int:
+        """Number of staged blocks that are not yet known to be read."""
+        return self.step - self._retired[0]
+
+    def _wait(self, step: int) -> None:
+        """Poll until the oldest block is read.
+
+        Waiting for the stream instead would wait for every step queued behind that block, and the device would idle
+        while the host writes the next ones. The query also raises if a kernel has faulted, so this cannot hang on a
+        count that will never come.
+        """
+        self.waits += 1
+        pause = 0.0
+        while step - self._retired[0] >= self.depth:
+            idle = self._stream.query()
+            if idle and step - self._retired[0] >= self.depth:
+                raise RuntimeError(
+                    f"the stream is idle but only {self._retired[0]} of {step} staged steps were read: "
+                    "a captured graph ran without its fill, or its memory was overwritten"
+                )
+            time.sleep(pause)
+            pause = min(pause + 1e-6, 5e-5)
+
+    def reset(self) -> None:
+        """Start counting anew; the owner has waited for the stream and resets the device's count."""
+        self.step = 0
+        self._retired[0] = 0
