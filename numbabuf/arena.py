@@ -58,7 +58,7 @@ class Arena:
     ) -> None:
         self._slots = slots
         self._stream = stream
-        words = kernels.HEAD + kernels.ROW * len(slots)
+        words = kernels.HEAD + kernels.ROW * max(1, len(slots))
         offset = align(words * kernels.WORD)
         for slot in slots:
             slot.target_offset = offset
@@ -114,7 +114,8 @@ class Arena:
         self._stream.synchronize()
 
     def _rows(self) -> list[int]:
-        return [word for slot in self._slots for word in slot.table_row(self._table_address)]
+        rows = [word for slot in self._slots for word in slot.table_row(self._table_address)]
+        return rows or [0] * kernels.ROW
 
     def resync(self) -> None:
         """After a launch that failed: make the host's and the device's count of steps agree again."""

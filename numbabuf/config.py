@@ -25,7 +25,7 @@ SWITCHES = (
     Switch(
         "NUMBABUF_RANGE_CHECK",
         True,
-        "refuse integers that do not fit a narrower slot before anything is staged (two NumPy reductions each)",
+        "refuse integers that do not fit a narrower slot before anything is staged (a NumPy reduction each)",
     ),
 )
 _DEFAULTS = {switch.name: switch.default for switch in SWITCHES}

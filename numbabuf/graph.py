@@ -113,9 +113,7 @@ class Recording:
     Parameters
     ----------
     stream : _cuda.Stream
-        A long-lived non-blocking stream; it is usable again whatever happens in the block.
-    lock
-        Held while the capture is open, since a stream can be in one capture only.
+        A long-lived non-blocking stream, in no other capture; it is usable again whatever happens in the block.
     fill
         Launches the fill on the stream it is given: the graph's first node.
     captured : CapturedStep
@@ -127,35 +125,26 @@ class Recording:
         The driver refused the capture. What the block itself raises passes through, the capture given up.
     """
 
-    def __init__(self, stream: Any, lock: Any, fill: Callable[[Any], None], captured: CapturedStep) -> None:
+    def __init__(self, stream: Any, fill: Callable[[Any], None], captured: CapturedStep) -> None:
         self._capture = _cuda.Capture(stream)
         self._stream = stream
-        self._lock = lock
         self._fill = fill
         self.captured = captured
 
     def __enter__(self) -> Step:
-        self._lock.acquire()
+        self._capture.begin()
         try:
-            self._capture.begin()
-            try:
-                self._fill(self._stream)
-            except BaseException:
-                self._capture.abort()
-                raise
+            self._fill(self._stream)
         except BaseException:
-            self._lock.release()
+            self._capture.abort()
             raise
         return self.captured.step
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        try:
-            if error is None:
-                self.captured.adopt(self._capture.end())
-                return
-            self._capture.abort()
-        finally:
-            self._lock.release()
+        if error is None:
+            self.captured.adopt(self._capture.end())
+            return
+        self._capture.abort()
         if isinstance(error, Exception) and not isinstance(error, CaptureError) and _cuda.is_capture_error(error):
             raise CaptureError(
                 f"something in the captured function is forbidden in a capture: {error}. Allocate, compile (one plain "

@@ -24,7 +24,7 @@ from ._cuda.access import (
     store16,
 )
 
-__all__ = ["KERNELS", "fill_slots"]
+__all__ = ["KERNELS", "copy_many", "fill_slots"]
 
 WORD = 8
 """Bytes of one table entry (int64)."""
@@ -48,6 +48,9 @@ PAD_VALUE, PAD_REPEAT, PAD_KEEP = 0, 1, 2
 
 RAW, I64_I32, I32_I64, F64_F32, F32_F16, F16_F32, F32_BF16, BF16_F32 = 0, 1, 2, 3, 4, 5, 6, 7
 """Conversions between the staged and the slot's element type."""
+
+COPY_SOURCE, COPY_TARGET, COPY_BYTES, COPY_ROW = 0, 1, 2, 3
+"""Words of a row of the copy table: address to read, address to write, number of bytes."""
 
 _LANES = 32  # threads that share one row of a two-dimensional slot: a warp
 
@@ -329,7 +332,8 @@ def fill_slots(table):
             _pad_bytes(d + count * target_item, d + padded_columns * target_item, low, high, thread, threads)
         r += groups
 
-    cuda.syncthreads()
+    if cuda.blockDim.x > 1:  # the simulator takes milliseconds for a barrier, and runs this with one thread
+        cuda.syncthreads()
     if cuda.threadIdx.x == 0:
         cuda.threadfence()
         if add8(table + DONE * WORD, 1) == cuda.gridDim.x * cuda.gridDim.y - 1:
@@ -339,5 +343,24 @@ def fill_slots(table):
             store8(load8(table + RETIRED_ADDRESS * WORD), step + 1)
 
 
-KERNELS = ((fill_slots, (types.int64,)),)
+@cuda.jit
+def copy_many(table, rows):
+    """Copy `rows` pieces of memory, each from any address to any other; no two of them may overlap in a target.
+
+    Launch shape: any. `table` is the address of COPY_ROW words per piece, read in place; a thread block takes every
+    gridDim-th piece and shares it among its threads, so pieces should not be much larger than the others.
+
+    Traffic: the bytes of the pieces, once each way, and 24 bytes of table per piece and warp.
+    """
+    row = cuda.blockIdx.x
+    while row < rows:
+        piece = table + row * COPY_ROW * WORD
+        nbytes = load8(piece + COPY_BYTES * WORD)
+        _copy_bytes(
+            load8(piece + COPY_SOURCE * WORD), load8(piece + COPY_TARGET * WORD), nbytes, cuda.threadIdx.x, cuda.blockDim.x
+        )
+        row += cuda.gridDim.x
+
+
+KERNELS = ((fill_slots, (types.int64,)), (copy_many, (types.int64, types.int64)))
 """Each kernel with the signature it is compiled for; the tests compile them all to machine code."""

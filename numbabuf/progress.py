@@ -1,32 +1,40 @@
-"""A progress bar for the few operations that take seconds: tqdm where it is installed, plain lines where it is not.
+"""A progress bar for the few operations that take seconds: tqdm where it is installed, a plain counter where it is not.
 
-Knows nothing of buffers. Imports nothing of numbabuf.
+Writes to standard error and knows nothing of buffers. Imports nothing of numbabuf.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["track"]
 
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], *, total: int, label: str, enabled: bool, note: Callable[[T], str] = str) -> Iterator[T]:
+def track(
+    items: Iterable[T],
+    *,
+    label: str,
+    enabled: bool,
+    total: int | None = None,
+    note: Callable[[T], Any] | None = None,
+) -> Iterator[T]:
     """Yield `items`, showing on standard error how far it is.
 
     Parameters
     ----------
     items
         What to go through.
-    total
-        How many there are.
     label
         What is being done.
     enabled
         Shows nothing when false.
+    total
+        How many there are, where that is known.
     note
         Says of an item what to show beside the bar while it is worked on.
     """
@@ -36,12 +44,24 @@ def track(items: Iterable[T], *, total: int, label: str, enabled: bool, note: Ca
     try:
         from tqdm import tqdm
     except ImportError:
-        for done, item in enumerate(items):
-            print(f"{label}: {done}/{total} {note(item)}", file=sys.stderr)
-            yield item
-        print(f"{label}: {total}/{total}", file=sys.stderr)
+        yield from _count(items, label, total, note)
         return
-    with tqdm(items, total=total, desc=label) as bar:
+    with tqdm(items, total=total, desc=label, file=sys.stderr, leave=False) as bar:
         for item in bar:
-            bar.set_postfix_str(note(item))
+            if note is not None:
+                bar.set_postfix_str(str(note(item)))
             yield item
+
+
+def _count(items: Iterable[T], label: str, total: int | None, note: Callable[[T], Any] | None) -> Iterator[T]:
+    shown = 0.0
+    try:
+        for number, item in enumerate(items):
+            if time.monotonic() - shown >= 0.1:  # a terminal shows no more, and writing to it costs
+                shown = time.monotonic()
+                part = f"{number:,}/{total:,}" if total else f"{number:,}"
+                about = "" if note is None else note(item)
+                print(f"\r\x1b[K{label} {part} {about}", end="", file=sys.stderr, flush=True)
+            yield item
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -25,6 +25,11 @@ def align(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def _words_nbytes(slots: tuple[InputSlot, ...]) -> int:
+    """Bytes of a block's live words. A launch has a row of thread blocks even where there is no slot: it finds zeros."""
+    return max(1, len(slots)) * kernels.LIVE * kernels.WORD
+
+
 class Block:
     """One block of the ring, seen by the host.
 
@@ -41,8 +46,9 @@ class Block:
     __slots__ = ("bucket", "staged", "words")
 
     def __init__(self, memory: np.ndarray, offset: int, slots: tuple[InputSlot, ...]) -> None:
-        nbytes = len(slots) * kernels.LIVE * kernels.WORD
-        self.words = memoryview(memory[offset : offset + nbytes]).cast("q")  # type: ignore[arg-type]
+        self.words = memoryview(memory[offset : offset + _words_nbytes(slots)]).cast("q")  # type: ignore[arg-type]
+        for at in range(len(self.words)):
+            self.words[at] = 0
         self.staged = [
             _cuda.host_view(memory, offset + slot.source_offset, (slot.max_live,), slot.source_dtype) for slot in slots
         ]
@@ -83,7 +89,7 @@ class StagingRing:
     @staticmethod
     def nbytes(slots: tuple[InputSlot, ...], depth: int) -> int:
         """Lay the slots out in a block and return the bytes of the whole ring."""
-        offset = align(len(slots) * kernels.LIVE * kernels.WORD)
+        offset = align(_words_nbytes(slots))
         for slot in slots:
             slot.source_offset = offset
             offset += align(slot.max_live * slot.source_dtype.itemsize)

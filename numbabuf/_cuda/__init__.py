@@ -47,6 +47,7 @@ __all__ = [
     "captures",
     "captures",
     "capturing",
+    "configure",
     "copy",
     "cuda",
     "device_bytes",
@@ -221,16 +222,21 @@ def as_stream(stream: Any) -> Any:
 
 def launch(kernel: Any, grid: Any, block: Any, stream: Any, *args: Any) -> None:
     """Launch a `@cuda.jit` kernel on a `Stream`."""
-    kernel[grid, block, stream.numba](*args)
+    configure(kernel, grid, block, stream.numba)(*args)
+
+
+def configure(kernel: Any, grid: Any, block: Any, stream: Any) -> Any:
+    """Return `kernel[grid, block, stream]`, for a Numba stream, without Numba's warning about small grids."""
+    return _impl.configure(kernel, grid, block, stream)
 
 
 def launch_shape(work: int, *, threads: int = 256, max_blocks: int = 64) -> tuple[int, int]:
     """Return (blocks, threads) for `work` items handled by a grid-stride kernel.
 
-    The simulator starts one thread of the operating system per CUDA thread, so there the answer is (1, 1) to (1, 4).
+    The simulator starts one thread of the operating system per CUDA thread, so there the answer is (1, 1).
     """
     if SIM:
-        return 1, max(1, min(4, work))
+        return 1, 1
     return max(1, min(max_blocks, -(-work // threads))), threads
 
 

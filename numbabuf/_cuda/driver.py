@@ -78,6 +78,20 @@ def zero(array: Any, stream: Stream) -> None:
     device_memset(array, 0, array.nbytes, stream=stream.numba)
 
 
+def _query(name: str, handle: Any) -> bool:
+    """Return whether a stream's or an event's work is done.
+
+    Asked of the driver itself, as Numba logs an error each time that the answer is "not yet".
+    """
+    from cuda.bindings import driver
+    from numba.cuda.cudadrv.driver import CudaAPIError
+
+    (code,) = getattr(driver, name)(handle)
+    if code not in (driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_NOT_READY):
+        raise CudaAPIError(code, f"Call to {name} results in {code.name}")
+    return bool(code == driver.CUresult.CUDA_SUCCESS)
+
+
 class Stream:
     """A CUDA stream in the three forms its users want: for Numba, for cuda.core and as a bare handle.
 
@@ -102,21 +116,18 @@ class Stream:
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
 
+    @property
+    def closed(self) -> bool:
+        """Whether the stream was closed through cuda.core; the driver may have given its handle to another by now."""
+        return int(self.core.handle) != self.handle
+
     def synchronize(self) -> None:
         """Block until all work queued so far is done; raises what that work raised."""
         self.core.sync()
 
     def query(self) -> bool:
         """Return whether all work queued so far is done; raises what that work raised."""
-        from numba.cuda.cudadrv.driver import CudaAPIError, driver
-
-        try:
-            driver.cuStreamQuery(self.handle)
-        except CudaAPIError as error:
-            if getattr(error.code, "name", "") == "CUDA_ERROR_NOT_READY":
-                return False
-            raise
-        return True
+        return _query("cuStreamQuery", self.handle)
 
 
 def new_stream() -> Stream:
@@ -145,6 +156,26 @@ def _core_device() -> Any:
     return device
 
 
+_configuring = threading.Lock()
+
+
+def configure(kernel: Any, grid: Any, block: Any, stream: Any) -> Any:
+    """Return `kernel[grid, block, stream]` without Numba's warning about grids below 128 blocks.
+
+    A small piece of work is a small grid on purpose. The switch is put back under a lock; what a launch of the user's
+    in another thread could miss in between is that warning.
+    """
+    from numba.cuda.core import config
+
+    with _configuring:
+        before = config.CUDA_LOW_OCCUPANCY_WARNINGS
+        config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
+        try:
+            return kernel[grid, block, stream]
+        finally:
+            config.CUDA_LOW_OCCUPANCY_WARNINGS = before
+
+
 class Event:
     """A timing-free event, made once and recorded again and again."""
 
@@ -159,7 +190,7 @@ class Event:
 
     def query(self) -> bool:
         """Return whether the marked work is done."""
-        return bool(self._event.query())
+        return _query("cuEventQuery", self._event.handle)
 
     def synchronize(self) -> None:
         """Block the host until the marked work is done."""
@@ -233,6 +264,7 @@ class Capture:
             raise
 
     def end(self) -> Graph:
+        operands = self._operands
         try:
             executable = self._builder.end_building().complete()
         except Exception as error:
@@ -242,7 +274,7 @@ class Capture:
             ) from error
         finally:
             self._leave()
-        return Graph(executable, self._operands)
+        return Graph(executable, operands)
 
     def abort(self) -> None:
         """Give the capture up and leave the stream usable."""
@@ -254,6 +286,7 @@ class Capture:
             self._leave()
 
     def _leave(self) -> None:
+        self._operands = []  # the graph's alone from here on: closing it lets them go
         with _capture_lock:
             captures.pop(threading.get_ident(), None)
             if not captures:

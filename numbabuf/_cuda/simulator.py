@@ -81,12 +81,13 @@ class _RecordingStream(_NumbaStream):  # type: ignore[misc, valid-type]
 class Stream:
     """A stream, in the same three forms as the driver's backend has; here all work on it is done at once."""
 
-    __slots__ = ("__weakref__", "core", "handle", "numba")
+    __slots__ = ("__weakref__", "closed", "core", "handle", "numba")
 
     def __init__(self, numba: Any) -> None:
         self.numba = numba
         self.core = self
         self.handle = id(numba)
+        self.closed = False
 
     def synchronize(self) -> None:
         """All work is already done."""
@@ -109,6 +110,11 @@ def wrap_stream(stream: Any) -> Stream:
         wrapped.handle = 0 if stream == 0 else id(stream)
         return wrapped
     raise TypeError(f"{stream!r} is no stream: give a Numba or cuda.core stream, or an object with __cuda_stream__")
+
+
+def configure(kernel: Any, grid: Any, block: Any, stream: Any) -> Any:
+    """Return `kernel[grid, block, stream]`."""
+    return kernel[grid, block, stream]
 
 
 class Event:
@@ -169,14 +175,16 @@ class Capture:
         self.stream.numba.capture = self
 
     def end(self) -> Graph:
+        tape, operands = self._tape, self._operands
         self._leave()
-        return Graph(self._tape, self._operands)
+        return Graph(tape, operands)
 
     def abort(self) -> None:
         """Give the capture up and leave the stream usable."""
         self._leave()
 
     def _leave(self) -> None:
+        self._tape, self._operands = [], []  # the graph's alone from here on: closing it lets them go
         captures.pop(threading.get_ident(), None)
         self.stream.numba.capture = None
 
