@@ -1,0 +1,1097 @@
+"""The input manager: named static slots, a staging ring before them, and one graph replay per step.
+
+Puts the parts together: `slot` checks and writes values, `staging` lends blocks, `kernels.fill_slots` moves them,
+`graph` replays. The lines between "hot path" marks are a step; they allocate nothing on the device, log nothing and
+make one driver call. Sits on top of everything but `predictive`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from threading import get_ident
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from . import _cuda, config, kernels
+from . import buckets as _buckets
+from .arena import Arena
+from .errors import BucketOverflowError, BusyError, CaptureError, ClosedError, GraphMissingError
+from .graph import CapturedStep, Recording, Step
+from .lease import Lease
+from .pool import BufferPool, SimpleBufferPool
+from .progress import track
+from .slot import InputSlot
+from .spec import BufferSpec
+from .staging import Block
+from .stats import ManagerStats
+
+__all__ = ["InputBufferManager"]
+
+_POLICIES = ("raise", "eager", "split")
+
+
+class InputBufferManager:
+    """Static input slots, filled from the host in one launch or one graph replay per step.
+
+    Parameters
+    ----------
+    pool : BufferPool, optional
+        Where the slots' arena and the staging ring are allocated; by default a `SimpleBufferPool` of the manager's own.
+    max_batch_size, max_seq_len : int
+        The default slots hold ``max_batch_size * max_seq_len`` tokens.
+    ring : int
+        Staging blocks: how many steps the host may be ahead of the device before it waits.
+    buckets : sequence of int, or mapping of axis to sequence of int, optional
+        Padded sizes; a bare sequence is for the axis "tokens". Default: powers of two up to the largest size.
+    overflow : {"raise", "eager", "split"}
+        What a replay does with a step larger than the largest captured one: refuse it, run fill and function without a
+        graph (counted, and warned about once), or replay it in pieces along "tokens".
+    default_slots : bool
+        Register ``input_ids`` and ``positions`` (int64, index, padded with 0).
+    stream
+        Where steps are queued: a Numba or cuda.core stream, anything with ``__cuda_stream__``, or None for a
+        non-blocking stream of the manager's own.
+    range_check : bool, optional
+        Refuse integers that do not fit a narrower slot; costs a NumPy reduction for each such input (about 2 us).
+        Default: the switch NUMBABUF_RANGE_CHECK, which is on.
+
+    Attributes
+    ----------
+    stream
+        The Numba stream of the steps.
+    max_tokens : int
+        Capacity of the default slots.
+
+    Notes
+    -----
+    Memory is allocated at the first step, `get_slot(name).array` or capture, not when slots are registered: all slots
+    are carved from one device allocation, all staging blocks from one pinned one.
+    Threads: any thread may call any method; steps are serialised by one lock. Streams: everything is queued on
+    `stream`; outputs are ready after `synchronize` or for work queued on it. Capture: steps are refused inside one.
+
+    Examples
+    --------
+    >>> manager = InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8, 16, 32])
+    >>> views = manager.stage_inputs({"input_ids": np.arange(5), "positions": np.arange(5)}, 5)
+    >>> views["input_ids"].copy_to_host().tolist()
+    [0, 1, 2, 3, 4, 0, 0, 0]
+    >>> manager.close()
+    """
+
+    def __init__(
+        self,
+        pool: BufferPool | None = None,
+        max_batch_size: int = 256,
+        max_seq_len: int = 4096,
+        *,
+        ring: int = 4,
+        buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+        overflow: str = "raise",
+        default_slots: bool = True,
+        stream: Any = None,
+        range_check: bool | None = None,
+    ) -> None:
+        self.max_batch_size = _positive("max_batch_size", max_batch_size)
+        self.max_seq_len = _positive("max_seq_len", max_seq_len)
+        self.max_tokens = self.max_batch_size * self.max_seq_len
+        self._depth = _positive("ring", ring)
+        if overflow not in _POLICIES:
+            raise ValueError(f"overflow is {overflow!r}; use one of {', '.join(_POLICIES)}")
+        if pool is not None and not isinstance(pool, BufferPool):
+            raise TypeError(f"pool is {pool!r}: give a BufferPool, or None for one of the manager's own")
+        self.overflow = overflow
+        self._bucket_lists = _bucket_lists(buckets, self.max_tokens)
+        self._range_check = config.enabled("NUMBABUF_RANGE_CHECK") if range_check is None else bool(range_check)
+        self._stream = _cuda.as_stream(stream)
+        self.stream = self._stream.numba
+        self._core = self._stream.core
+        self._own_pool = pool is None
+        self._pool: BufferPool = SimpleBufferPool() if pool is None else pool
+        self._lock = threading.RLock()
+        self._capturing = threading.Lock()  # one capture at a time; always taken before `_lock`
+        self._thread = get_ident()
+        self._slots: dict[str, InputSlot] = {}
+        self._static: tuple[InputSlot, ...] = ()
+        self._axes: tuple[str, ...] = ("tokens",)
+        self._choices: tuple[tuple[int, ...], ...] = ()  # bucket list per axis, known once there is memory
+        self._limits: tuple[int, ...] = ()  # largest size per axis, likewise
+        self._groups: list[tuple[int, int, int, tuple[InputSlot, ...]]] = []  # slots of one length, see _plan_groups
+        self._arena: Any = None  # an Arena once there is memory; Any, because every step asks
+        self._ring: Any = None  # its ring
+        self._kept: Arena | None = None  # an arena whose contents the next one takes over
+        self._capture_stream: Any = None
+        self._generation = 0
+        self._fills: dict[tuple[int, ...], CapturedStep] = {}
+        self._captured: list[CapturedStep] = []  # by sizes, tokens first
+        self._captured_tokens: list[int] = []
+        self._leaving: list[tuple[Any, CapturedStep]] = []  # withdrawn graphs, and the event after their last replay
+        self._function: Callable[[Step], Any] | None = None
+        self._lease: Lease | None = None
+        self._open_recordings = 0
+        self._past: dict[int, list[int]] = {}  # tokens of a bucket -> [steps, live] of graphs that are gone
+        self._past_waits = 0
+        self._overflows = 0
+        self._warned = False
+        self.closed = False
+        self.observer: Callable[[int], None] | None = None
+        """Called with each step's number of tokens after it is queued; the seam for demand models."""
+        if default_slots:
+            for name in ("input_ids", "positions"):
+                self.register_slot(name, BufferSpec(self.max_tokens, "int64"), index=True)
+
+    # ------------------------------------------------------------------------------------------------------ slots
+
+    def register_slot(
+        self,
+        name: str,
+        spec: BufferSpec,
+        is_static: bool = True,
+        *,
+        pad: Any = 0,
+        index: bool = False,
+        source_dtype: Any = None,
+        axis: str | None = "tokens",
+        max_live: int | None = None,
+    ) -> InputSlot:
+        """Add a named input.
+
+        Parameters
+        ----------
+        name : str
+        spec : BufferSpec
+            Capacity and element type. The first dimension follows `axis`; a two-dimensional slot takes inputs whose
+            rows are shorter than its own.
+        is_static : bool
+            False: the name is known, but its values pass through `stage_inputs` untouched.
+        pad : scalar, "repeat_last" or "keep"
+            What fills the slot past a step's values up to its bucket: a value; the last value (in two dimensions the
+            last row, and each row's last value, as `numpy.pad` mode "edge"; zero where a step has none); nothing.
+        index : bool
+            The values are used as indices: refuses `pad` "keep".
+        source_dtype
+            Element type of the inputs where it differs from the slot's; converted on the device, with NumPy's rounding.
+        axis : str or None
+            Which size of a step the first dimension follows: "tokens", another name, or a name with an offset such as
+            "seqs+1". None: always staged whole.
+        max_live : int, optional
+            Most elements one step stages; the staging ring keeps room for no more. Default: all.
+
+        Returns
+        -------
+        slot : InputSlot
+
+        Raises
+        ------
+        ValueError, TypeError
+            The name is taken, or an argument is no use.
+        BusyError
+            A graph is live: it reads the slots where they lie now. `close_graphs` first.
+        """
+        with self._lock:
+            self._check_open()
+            if name in self._slots:
+                raise ValueError(f"slot {name!r} is registered already, as {self._slots[name]!r}")
+            slot = InputSlot(
+                name, spec, static=is_static, pad=pad, index=index, source_dtype=source_dtype, axis=axis,
+                max_live=max_live, range_check=self._range_check,
+            )  # fmt: skip
+            if slot.static:
+                self._check_movable(f"slot {name!r} cannot be added")
+                self._dismantle(keep=True)
+                slot._resolve, slot._set = self._slot_array, self._set_slot
+                slot.position = len(self._static)
+                slot.word = slot.position * kernels.LIVE
+                slot.columns_word = slot.word + kernels.COLUMNS
+                if slot.axis is not None and slot.axis not in self._axes:
+                    self._axes = (*self._axes, slot.axis)
+                slot.axis_index = -1 if slot.axis is None else self._axes.index(slot.axis)
+                self._static = (*self._static, slot)
+            self._slots[name] = slot
+            return slot
+
+    def get_slot(self, name: str) -> InputSlot:
+        """Return the slot `name`.
+
+        Raises
+        ------
+        KeyError
+            There is none.
+        """
+        try:
+            return self._slots[name]
+        except KeyError:
+            raise KeyError(f"no slot {name!r}; registered are {', '.join(self._slots) or 'none'}") from None
+
+    @property
+    def slots(self) -> tuple[InputSlot, ...]:
+        """All slots, in the order in which they were registered."""
+        return tuple(self._slots.values())
+
+    def get_static_tensors(self) -> dict[str, Any]:
+        """Return every static slot's whole device array, by name."""
+        return {slot.name: slot.array for slot in self._static}
+
+    def _slot_array(self, slot: InputSlot) -> Any:
+        with self._lock:
+            self._ready()
+            return self._arena.whole[slot.position]
+
+    def _plan_buckets(self) -> None:
+        """Settle the largest size and the bucket list of every axis from the slots that follow it."""
+        limits, choices = [], []
+        for axis in self._axes:
+            rooms = [slot.capacity - slot.extra for slot in self._static if slot.axis == axis]
+            limit = max(rooms, default=self.max_tokens)
+            given = self._bucket_lists.get(axis)
+            if given is not None and given[-1] > limit:
+                raise ValueError(f"bucket {given[-1]} of axis {axis!r} is larger than its slots, which hold {limit}")
+            limits.append(limit)
+            choices.append(given or _buckets.powers_of_two(limit))
+        unknown = set(self._bucket_lists) - set(self._axes)
+        if unknown:
+            raise ValueError(f"buckets are given for {', '.join(sorted(unknown))}; no slot follows such an axis")
+        self._limits, self._choices = tuple(limits), tuple(choices)
+
+    # ----------------------------------------------------------------------------------------------------- memory
+
+    def _plan_groups(self) -> None:
+        """Group the slots by what their length is: (axis, added to it, most rows they all stage, slots).
+
+        A slot that follows no axis has the axis -1 and its own length in place of what is added.
+        """
+        groups: dict[tuple[int, int], list[InputSlot]] = {}
+        for slot in self._static:
+            extra = slot.extra if slot.axis_index >= 0 else slot.capacity
+            groups.setdefault((slot.axis_index, extra), []).append(slot)
+        self._groups = [(*key, min(slot.max_live for slot in slots), tuple(slots)) for key, slots in groups.items()]
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the manager is closed: make a new one")
+        if self._pool.closed:
+            raise ClosedError("the manager's pool was closed under it: close the manager first, then its pool")
+
+    def _check_movable(self, what: str) -> None:
+        """Refuse to move the slots' memory from under anybody who counts on where it lies."""
+        if self._captured:
+            raise BusyError(
+                f"{what} while {len(self._captured)} graph(s) read the slots where they lie: register every slot "
+                "before capturing, or call close_graphs() first"
+            )
+        if self._open_recordings:
+            raise BusyError(f"{what} while a graph is being captured")
+        self._check_no_lease()
+
+    def _check_no_lease(self) -> None:
+        if self._lease is not None:
+            raise BusyError("a stage() lease is open: leave its with block first")
+
+    def _ready(self) -> None:
+        """Make the memory, and this thread's context, ready."""
+        self._check_open()
+        if get_ident() != self._thread:
+            _cuda.require()
+            self._thread = get_ident()
+        if self._ring is None:
+            self._build()
+
+    def _build(self) -> None:
+        """Give the slots memory, and what an earlier arena held."""
+        if _cuda.captures:
+            raise CaptureError("the slots have no memory yet and a capture is open: run one step before capturing")
+        self._plan_buckets()
+        self._plan_groups()
+        arena = Arena(self._pool, self._static, self._depth, self._stream, self._kept)
+        self._arena, self._ring, self._generation = arena, arena.ring, self._generation + 1
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
+
+    def _dismantle(self, *, keep: bool = False) -> None:
+        """Give the memory back to the pool; `keep` holds it until the next arena has its contents."""
+        if self._arena is None:
+            return
+        self._stream.synchronize()
+        for fill in self._fills.values():
+            self._retire(fill)
+        self._fills.clear()
+        self._past_waits += self._arena.ring.waits
+        if keep:
+            self._kept = self._arena
+        else:
+            self._arena.release()
+        self._arena = self._ring = None
+
+    def _retire(self, captured: CapturedStep) -> None:
+        """Close a graph whose replays are done, keeping its counts."""
+        past = self._past.setdefault(captured.sizes[0], [0, 0])
+        past[0] += captured.steps
+        past[1] += captured.live
+        for block in self._ring.blocks if self._ring else ():  # or the block would keep the graph's result until its next step
+            if block.bucket is captured:
+                block.bucket = None
+        captured.close()
+
+    # --------------------------------------------------------------------------------------------- the parts of a step
+
+    def _live_sizes(self, num_tokens: Any, sizes: Mapping[str, Any]) -> tuple[int, ...]:
+        """Check the sizes of a step and bring them into the order of the axes."""
+        if num_tokens.__class__ is int and num_tokens >= 0 and not sizes and len(self._axes) == 1:
+            return (num_tokens,)
+        if len(sizes) != len(self._axes) - 1 or any(axis not in sizes for axis in self._axes[1:]):
+            wanted = ", ".join(f"{axis}=..." for axis in self._axes[1:]) or "no further sizes"
+            given = ", ".join(sizes) or "none"
+            raise TypeError(f"the slots follow the axes {', '.join(self._axes)}: give {wanted}; given were {given}")
+        live = [num_tokens, *(sizes[axis] for axis in self._axes[1:])]
+        return tuple(_size(axis, size) for axis, size in zip(self._axes, live, strict=True))
+
+    def _rows(self, slot: InputSlot, sizes: tuple[int, ...]) -> int:
+        """Rows of `slot` in a step of `sizes`."""
+        return sizes[slot.axis_index] + slot.extra if slot.axis_index >= 0 else slot.capacity
+
+    def _padded_rows(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(min(slot.capacity, self._rows(slot, sizes)) for slot in self._static)
+
+    def _new_step(self, sizes: tuple[int, ...], stream: Any) -> Step:
+        return Step(
+            stream.numba, dict(zip(self._axes, sizes, strict=True)), self._arena.views(self._padded_rows(sizes))
+        )
+
+    def _recording(self, sizes: tuple[int, ...]) -> Recording:
+        """A capture of the fill, and of what its ``with`` block queues, for a bucket."""
+        if self._capture_stream is None:
+            self._capture_stream = _cuda.as_stream(None)
+        step, padded = self._new_step(sizes, self._capture_stream), self._padded_rows(sizes)
+        arena = self._arena
+
+        def fill(stream: Any) -> None:
+            arena.launch_fill(stream, padded)
+
+        return Recording(
+            self._capture_stream, fill, CapturedStep(step, sizes, padded, self._generation)
+        )
+
+    def _write(self, block: Block, inputs: Mapping[str, Any], live: tuple[int, ...], target: CapturedStep) -> int:
+        """Write `inputs` into `block` for the bucket of `target`; return how many of them are slots."""
+        # Hot path, guarded by benchmarks/step.py. Slots of one length share its shape and slice.
+        words, staged, padded = block.words, block.staged, target.padded
+        same = block.bucket is target
+        block.bucket = None
+        found = 0
+        get = inputs.get
+        for axis, extra, room, slots in self._groups:
+            rows = live[axis] + extra if axis >= 0 else extra
+            shape = (rows,) if rows <= room else None
+            cut = slice(rows)
+            for slot in slots:
+                data = get(slot.name)
+                position = slot.position
+                if data is None:
+                    slot.describe(words, 0, slot.width, padded[position])
+                    continue
+                found += 1
+                if type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
+                    if slot.checked:
+                        slot.check_range(data)
+                    staged[position][cut] = data
+                    if same:
+                        words[slot.columns_word] = rows  # the padding is as this block's last step left it
+                    else:
+                        slot.describe(words, rows, 1, padded[position])
+                else:
+                    slot.write(words, staged[position], data, rows, padded[position])
+        block.bucket = target
+        return found
+
+    def _submit(self, target: CapturedStep, tokens: int) -> Any:
+        """Queue the step that was written last: its only driver call. Returns the result of the captured function."""
+        # Hot path, guarded by benchmarks/step.py.
+        if target.generation != self._generation:
+            raise BusyError(f"{target!r} was captured over memory that the slots have left; capture it again")
+        try:
+            target.launch_on(self._core)
+        except BaseException:
+            self._arena.resync()
+            raise
+        self._ring.advance()
+        target.steps += 1
+        target.live += tokens
+        return target.step.result
+
+    # ------------------------------------------------------------------------------------------------- fill alone
+
+    def stage_inputs(self, inputs: Mapping[str, Any], num_tokens: int, **sizes: int) -> dict[str, Any]:
+        """Fill the slots with `inputs` and pad them to the step's bucket, without running a captured function.
+
+        Parameters
+        ----------
+        inputs : mapping of str to array
+            Host arrays by slot name; each has as many rows as the size that its slot follows. A slot that is left out
+            is all padding. Names that are no slot, and slots that are not static, pass through.
+        num_tokens : int
+            Live tokens, >= 0.
+        **sizes : int
+            The step's other sizes, one for each further axis.
+
+        Returns
+        -------
+        views : dict of str to array
+            Device views padded to the bucket, and what passed through.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError
+            An input does not fit its slot; no slot was written.
+        BucketOverflowError
+            The step is larger than the largest bucket; with `overflow` "eager" it runs in its own size instead.
+        ClosedError, BusyError, CaptureError
+            The manager is closed, a lease is open, or a capture is open in this thread.
+
+        Notes
+        -----
+        The inputs may be overwritten as soon as this returns. The views hold this step until the next one is staged.
+        """
+        with self._lock:
+            self._ready()
+            live = self._begin_step(num_tokens, sizes)
+            target = self._fill_for(live)
+            block = self._ring.acquire()
+            found = self._write(block, inputs, live, target)
+            self._submit_fill(target, live)
+            views = target.step.views()
+        if found != len(inputs):
+            for name, value in inputs.items():
+                views.setdefault(name, value)
+        if self.observer is not None:
+            self.observer(live[0])
+        return views
+
+    def _begin_step(self, num_tokens: Any, sizes: Mapping[str, Any]) -> tuple[int, ...]:
+        """What every step checks first."""
+        if self._lease is not None:
+            self._check_no_lease()
+        if _cuda.captures and get_ident() in _cuda.captures:
+            raise CaptureError(
+                "host inputs cannot be staged inside a capture: the graph's own fill reads them at replay"
+            )
+        return self._live_sizes(num_tokens, sizes)
+
+    def _fill_for(self, live: tuple[int, ...]) -> CapturedStep:
+        """What fills the slots, and nothing else, for the bucket that covers `live`: a graph made at its first use."""
+        sizes, over = self._round_up(live)
+        if over is not None:
+            if self.overflow != "eager":
+                raise self._too_large(over, live)
+            self._check_limits(live)
+            return self._plain(sizes)
+        fill = self._fills.get(sizes)
+        if fill is None:
+            # Not waiting: whoever captures in another thread may want the lock that this thread holds.
+            if not self._capturing.acquire(blocking=False):
+                return self._plain(sizes)
+            try:
+                recording = self._recording(sizes)
+                with recording:
+                    pass
+            finally:
+                self._capturing.release()
+            fill = self._fills[sizes] = recording.captured
+        return fill
+
+    def _round_up(self, live: tuple[int, ...]) -> tuple[tuple[int, ...], int | None]:
+        """Return the bucket of `live`, and the first axis beyond its largest bucket (its size stays as it is)."""
+        sizes, over = [], None
+        for at, size in enumerate(live):
+            choices = self._choices[at]
+            place = bisect_left(choices, size)
+            if place < len(choices):
+                size = choices[place]
+            elif over is None:
+                over = at
+            sizes.append(size)
+        return tuple(sizes), over
+
+    def _plain(self, sizes: tuple[int, ...]) -> CapturedStep:
+        """A step without a graph, for sizes that have none: its fill is launched by itself."""
+        padded, arena = self._padded_rows(sizes), self._arena
+        plain = CapturedStep(self._new_step(sizes, self._stream), sizes, padded, self._generation)
+        plain.launch_on = lambda core: arena.launch_fill(self._stream, padded)
+        return plain
+
+    def _too_large(self, axis: int, live: tuple[int, ...], largest: int | None = None) -> BucketOverflowError:
+        largest = self._choices[axis][-1] if largest is None else largest
+        return BucketOverflowError(
+            f"this step has {self._axes[axis]}={live[axis]}; the largest bucket is {largest} and the slots hold "
+            f"{self._limits[axis]}: add a bucket, or make the manager with overflow='eager' or 'split'"
+        )
+
+    def _check_limits(self, live: tuple[int, ...]) -> None:
+        """Refuse a step that the slots cannot hold."""
+        for axis, (size, limit) in enumerate(zip(live, self._limits, strict=True)):
+            if size > limit:
+                raise self._too_large(axis, live)
+
+    def _submit_plain(self, target: CapturedStep, live: tuple[int, ...]) -> None:
+        """Queue and count a step that runs without a graph, and say so once. Its inputs are written, so they are good."""
+        if not self._warned:
+            self._warned = True
+            size = ", ".join(f"{axis}={size}" for axis, size in zip(self._axes, live, strict=True))
+            warnings.warn(
+                f"a step with {size} is larger than every bucket and runs without a graph, which is slower: "
+                "capture a larger bucket (further such steps are only counted, in stats().overflows)",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self._submit(target, live[0])
+        self._overflows += 1
+        self._retire(target)
+
+    def _submit_fill(self, target: CapturedStep, live: tuple[int, ...]) -> None:
+        """Queue a fill: the graph of its bucket or, for a step that has none, a launch."""
+        if self._fills.get(target.sizes) is target:
+            self._submit(target, live[0])
+        else:
+            self._submit_plain(target, live)
+
+    def _set_slot(self, slot: InputSlot, data: Any) -> None:
+        """`InputSlot.set_data`: a fill in which every other slot has nothing to write."""
+        with self._lock:
+            self._ready()
+            self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
+            rows = len(data) if np.ndim(data) else 0
+            padded = slot.capacity
+            if slot.axis_index >= 0:
+                choices = self._choices[slot.axis_index]
+                place = bisect_left(choices, rows - slot.extra)
+                padded = min(slot.capacity, choices[place] + slot.extra if place < len(choices) else rows)
+            block = self._ring.acquire()
+            block.bucket = None
+            slot.write(block.words, block.staged[slot.position], data, rows, padded)
+            for other in self._static:
+                if other is not slot:
+                    other.describe(block.words, 0, other.width, 0)
+            only = tuple(padded if other is slot else 0 for other in self._static)
+            try:
+                self._arena.launch_fill(self._stream, only)
+            except BaseException:
+                self._arena.resync()
+                raise
+            self._ring.advance()
+
+    def stage(self, num_tokens: int, **sizes: int) -> Lease:
+        """Lend the caller a staging block to write a step's inputs into, without a copy.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Live tokens.
+        **sizes : int
+            The step's other sizes.
+
+        Returns
+        -------
+        lease : Lease
+            A context manager: ``lease["input_ids"]`` is the pinned array to write. `Lease.replay` runs the step;
+            leaving the block without it fills the slots; leaving it by an exception does nothing.
+
+        Raises
+        ------
+        BusyError
+            Another lease is open.
+        ValueError
+            A slot cannot hold the step.
+        """
+        with self._lock:
+            self._ready()
+            live = self._begin_step(num_tokens, sizes)
+            rows = {slot.name: (slot, self._rows(slot, live)) for slot in self._static}
+            for slot, count in rows.values():
+                if count > slot.capacity:
+                    raise ValueError(f"slot {slot.name!r} holds {slot.capacity} rows; this step has {count}")
+
+            def finish(lease: Lease, how: str) -> Any:
+                with self._lock:
+                    self._lease = None
+                    if how == "discard":
+                        return None
+                    result = self._finish(lease, live, replay=how == "replay")
+                if self.observer is not None:
+                    self.observer(live[0])
+                return result
+
+            self._lease = Lease(self._ring.acquire(), rows, finish)
+            return self._lease
+
+    def _finish(self, lease: Lease, live: tuple[int, ...], *, replay: bool) -> Any:
+        """Run the step that a lease wrote."""
+        self._ready()
+        for name, array in lease.written.items():
+            if self._slots[name].checked:
+                self._slots[name].check_range(array)
+        target = self._graph_for(live) if replay else self._fill_for(live)
+        if target is None:
+            raise self._too_large(0, live, self._captured_tokens[-1])
+        block = lease.block
+        block.bucket = None
+        for slot in self._static:
+            rows = self._rows(slot, live) if slot.name in lease.written else 0
+            slot.describe(block.words, rows, slot.width, target.padded[slot.position])
+        if replay:
+            return self._submit(target, live[0])
+        self._submit_fill(target, live)
+        return target.step.views()
+
+    # ----------------------------------------------------------------------------------------------------- graphs
+
+    @contextlib.contextmanager
+    def capture(self, num_tokens: int, **sizes: int) -> Iterator[Step]:
+        """Capture the launches in the ``with`` block into the graph that serves steps of up to this size.
+
+        Parameters
+        ----------
+        num_tokens : int
+            Rounded up to its bucket.
+        **sizes : int
+            The other sizes, rounded up likewise.
+
+        Yields
+        ------
+        step : Step
+            Launch on ``step.stream``, read ``step["slot"]``; what is assigned to ``step.result`` is what `replay`
+            returns.
+
+        Raises
+        ------
+        CaptureError
+            The driver refused the capture, or a launch went to another stream. Manager and stream stay usable, and an
+            earlier graph for the bucket stays as it was.
+        BucketOverflowError
+            The size is beyond the largest bucket.
+
+        Notes
+        -----
+        Call every kernel once before: a capture cannot compile or load code. Other threads may go on replaying.
+        """
+        with self._exclusive():
+            with self._lock:
+                self._ready()
+                live = self._begin_step(num_tokens, sizes)
+                rounded, over = self._round_up(live)
+                if over is not None:
+                    raise self._too_large(over, live)
+                recording = self._recording(rounded)
+            with recording as step:
+                yield step
+            with self._lock:
+                self._adopt([recording.captured])
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """The right to capture: one at a time, and the slots' memory stays where it is meanwhile."""
+        if get_ident() in _cuda.captures:
+            raise CaptureError("this thread already has a capture open: end it before beginning another")
+        with self._capturing:
+            with self._lock:
+                self._open_recordings += 1
+            try:
+                yield
+            finally:
+                with self._lock:
+                    self._open_recordings -= 1
+
+    def capture_buckets(
+        self,
+        fn: Callable[[Step], Any],
+        sizes: Iterable[int | Mapping[str, int]] | None = None,
+        *,
+        progress: bool = False,
+    ) -> tuple[dict[str, int], ...]:
+        """Capture `fn` once per size: every size is warmed first, then captured, the largest first.
+
+        Parameters
+        ----------
+        fn
+            ``fn(step)`` launches on ``step.stream`` and reads ``step["slot"]``, a view padded to ``step.bucket``;
+            what it returns is what `replay` returns. It is called twice per size, the first time without a capture.
+        sizes : iterable of int, or of mappings of axis to int, optional
+            The sizes to capture, as they are; an int is a number of tokens, with every further axis at its largest.
+            Default: the bucket list of "tokens".
+        progress : bool
+            Show a progress bar on standard error.
+
+        Returns
+        -------
+        captured : tuple of dict
+            The sizes captured, smallest first.
+
+        Raises
+        ------
+        ValueError, TypeError
+            A size is no size, or larger than the slots.
+        CaptureError, Exception
+            A capture was refused, or `fn` raised. The graphs from before the call are as they were.
+
+        Notes
+        -----
+        Largest first lets the driver reuse what the largest graph needed for the smaller ones. A size that was captured
+        before gets the new graph.
+        """
+        with self._exclusive(), self._lock:
+            self._ready()
+            self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
+            wanted = sorted(self._wanted(sizes), reverse=True)
+            total = 2 * len(wanted)
+            captured: list[CapturedStep] = []
+
+            def note(item: tuple[str, tuple[int, ...]]) -> str:
+                return f"{item[0]} {dict(zip(self._axes, item[1], strict=True))}"
+
+            work = [("warm", size) for size in wanted] + [("capture", size) for size in wanted]
+            try:
+                for phase, size in track(work, total=total, label="capture_buckets", enabled=progress, note=note):
+                    if phase == "warm":
+                        self._warm(size, fn)
+                        continue
+                    if not captured:
+                        self._stream.synchronize()
+                    recording = self._recording(size)
+                    with recording as step:
+                        step.result = fn(step)
+                    captured.append(recording.captured)
+            except BaseException:
+                for graph in captured:
+                    graph.close()
+                raise
+            self._function = fn
+            self._adopt(captured)
+            return tuple(dict(zip(self._axes, size, strict=True)) for size in reversed(wanted))
+
+    def _wanted(self, sizes: Iterable[int | Mapping[str, int]] | None) -> set[tuple[int, ...]]:
+        """The sizes that `capture_buckets` was asked for, checked."""
+        if isinstance(sizes, (int, Mapping)):
+            raise TypeError(f"sizes is {sizes!r}: give a list of sizes")
+        wanted = set()
+        for size in self._choices[0] if sizes is None else sizes:
+            given = dict(size) if isinstance(size, Mapping) else {"tokens": size}
+            unknown = set(given) - set(self._axes)
+            if unknown:
+                raise ValueError(
+                    f"size {size!r} names {', '.join(sorted(unknown))}; the axes are {', '.join(self._axes)}"
+                )
+            full = tuple(_size(a, given.get(a, c[-1])) for a, c in zip(self._axes, self._choices, strict=True))
+            for axis, value, limit in zip(self._axes, full, self._limits, strict=True):
+                if not 1 <= value <= limit:
+                    raise ValueError(f"size {axis}={value} cannot be captured; the slots hold 1 to {limit}")
+            wanted.add(full)
+        if not wanted:
+            raise ValueError("sizes is empty: give at least one size to capture")
+        return wanted
+
+    def _adopt(self, captured: list[CapturedStep]) -> None:
+        """Put new graphs in service, in place of those of the same sizes."""
+        new = {graph.sizes: graph for graph in captured}
+        self._withdraw([graph for graph in self._captured if graph.sizes in new])
+        self._serve(self._captured + captured)
+
+    def _withdraw(self, graphs: list[CapturedStep]) -> None:
+        """Take graphs out of service; each is closed once the steps queued so far, its replays among them, are done."""
+        if not graphs:
+            return
+        event = _cuda.Event()
+        event.record(self._stream)
+        self._leaving += [(event, graph) for graph in graphs]
+        self._serve([graph for graph in self._captured if graph not in graphs])
+
+    def _serve(self, graphs: list[CapturedStep]) -> None:
+        self._captured = sorted(graphs, key=lambda graph: graph.sizes)
+        self._captured_tokens = [graph.sizes[0] for graph in self._captured]
+        self._reap()
+
+    def _reap(self) -> None:
+        """Close the withdrawn graphs whose replays are done."""
+        if _cuda.captures:
+            return  # a capture forbids the query, and the end of a graph may free memory
+        still = []
+        for event, graph in self._leaving:
+            if event.query():
+                self._retire(graph)
+            else:
+                still.append((event, graph))
+        self._leaving = still
+
+    def _graph_for(self, live: tuple[int, ...]) -> CapturedStep | None:
+        """The captured graph of fewest tokens that covers `live`, if there is one."""
+        # Hot path, guarded by benchmarks/step.py.
+        at = bisect_left(self._captured_tokens, live[0])
+        if len(live) == 1:
+            if at < len(self._captured):
+                return self._captured[at]
+        else:
+            for graph in self._captured[at:]:
+                if all(size >= wanted for size, wanted in zip(graph.sizes, live, strict=True)):
+                    return graph
+        if not self._captured:
+            raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
+        return None
+
+    def replay(
+        self,
+        inputs: Mapping[str, Any],
+        num_tokens: int,
+        *,
+        each: Callable[[Any, int, int], None] | None = None,
+        **sizes: int,
+    ) -> Any:
+        """Stage `inputs` and replay the smallest captured graph that covers the step: one driver call.
+
+        Parameters
+        ----------
+        inputs : mapping of str to array
+            Host arrays by slot name, as for `stage_inputs`; here every name must be a static slot.
+        num_tokens : int
+            Live tokens.
+        each : callable, optional
+            With `overflow` "split": called as ``each(result, start, stop)`` after each piece is queued, the moment
+            to queue what reads its result, which the next piece overwrites.
+        **sizes : int
+            The step's other sizes.
+
+        Returns
+        -------
+        result
+            What the captured function returned for the bucket; of the last piece, if the step was split.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError
+            An input does not fit its slot; nothing was launched.
+        GraphMissingError
+            Nothing is captured.
+        BucketOverflowError
+            No captured graph is large enough and `overflow` is "raise", or the slots cannot hold the step.
+
+        Notes
+        -----
+        Returns when the step is queued; `synchronize` waits for it. The inputs may be overwritten as soon as this
+        returns. Waits only when the ring is full of steps that the device has not read yet, and counts that.
+        """
+        # Hot path, guarded by benchmarks/step.py.
+        with self._lock:
+            if self._ring is None or self.closed or self._pool.closed or get_ident() != self._thread:
+                self._ready()
+            if self._lease is not None or _cuda.captures or sizes or type(num_tokens) is not int or num_tokens < 0:
+                live = self._begin_step(num_tokens, sizes)
+            else:
+                live = (num_tokens,) if len(self._axes) == 1 else self._live_sizes(num_tokens, sizes)
+            target = self._graph_for(live)
+            if target is None:
+                result = self._overflow(inputs, live, each)
+            else:
+                block = self._ring.acquire()
+                if self._write(block, inputs, live, target) != len(inputs):
+                    self._refuse_others(inputs)
+                result = self._submit(target, live[0])
+        if self.observer is not None:
+            self.observer(live[0])
+        return result
+
+    def _refuse_others(self, inputs: Mapping[str, Any]) -> None:
+        static = {slot.name for slot in self._static}
+        others = [repr(name) for name, value in inputs.items() if name not in static]
+        if others:
+            raise ValueError(
+                f"input {', '.join(others)} is no static slot, and a replay reads nothing else; "
+                f"there are {', '.join(sorted(static))}"
+            )
+
+    def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
+        """A step that no captured graph covers, after the policy."""
+        # The last such axis: "split" can do something about the first, the tokens.
+        over = max((at for at, size in enumerate(live) if size > max(g.sizes[at] for g in self._captured)), default=0)
+        if self.overflow == "split" and self._graph_for((0, *live[1:])) is not None:
+            return self._split(inputs, live, each)
+        if self.overflow == "eager":
+            if self._function is None:
+                raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")
+            self._check_limits(live)
+            target = self._plain(live)
+            if self._write(self._ring.acquire(), inputs, live, target) != len(inputs):
+                self._refuse_others(inputs)
+            self._submit_plain(target, live)
+            return self._function(target.step)
+        raise self._too_large(over, live, max(graph.sizes[over] for graph in self._captured))
+
+    def _warm(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> None:
+        """Run a bucket once without a graph, and without inputs, so that its capture has nothing to compile or load."""
+        target = self._plain(sizes)
+        block = self._ring.acquire()
+        self._write(block, {}, (0,) * len(sizes), target)
+        block.bucket = None
+        self._submit(target, 0)
+        fn(target.step)
+
+    def _split(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
+        """Replay a step in pieces of the largest captured number of tokens that serves its other sizes."""
+        rest = live[1:]
+        width = max(g.sizes[0] for g in self._captured if all(a >= b for a, b in zip(g.sizes[1:], rest, strict=True)))
+        follows = {slot.name: slot for slot in self._static if slot.axis == "tokens"}
+        arrays = {}
+        for name, data in inputs.items():
+            slot = self._slots.get(name)
+            if name in follows:
+                if follows[name].extra:
+                    raise ValueError(
+                        f"slot {name!r} follows tokens+{follows[name].extra}, which cannot be split in pieces"
+                    )
+                data = np.asarray(data)
+                if data.ndim == 0 or len(data) != live[0]:
+                    raise ValueError(f"input {name!r} has shape {data.shape}; this step has {live[0]} tokens")
+            if slot is not None and name not in follows and slot.static:
+                slot.coerce(data, self._rows(slot, live))
+            arrays[name] = data
+        self._refuse_others(inputs)
+        pieces = []
+        for start in range(0, live[0], width):
+            stop = min(start + width, live[0])
+            piece = {name: data[start:stop] if name in follows else data for name, data in arrays.items()}
+            for name in follows.keys() & piece.keys():
+                follows[name].coerce(piece[name], stop - start)
+            pieces.append((start, stop, piece))
+        self._overflows += 1
+        result = None
+        for start, stop, piece in pieces:
+            sizes = (stop - start, *rest)
+            target = self._graph_for(sizes)
+            assert target is not None
+            block = self._ring.acquire()
+            self._write(block, piece, sizes, target)
+            result = self._submit(target, stop - start)
+            if each is not None:
+                each(result, start, stop)
+        return result
+
+    def close_graphs(self) -> None:
+        """Wait for all steps, then destroy every captured graph and let its operands go."""
+        with self._lock:
+            if self._open_recordings:
+                raise BusyError("graphs cannot be closed while one is being captured")
+            if self._captured or self._leaving:
+                self._stream.synchronize()
+            for graph in self._captured + [graph for _, graph in self._leaving]:
+                self._retire(graph)
+            self._captured, self._captured_tokens, self._leaving, self._function = [], [], [], None
+
+    # ------------------------------------------------------------------------------------------------------- the end
+
+    def synchronize(self) -> None:
+        """Wait for every step queued so far; raises what their kernels raised."""
+        self._stream.synchronize()
+
+    def release_all(self) -> None:
+        """Close the graphs and give all memory back to the pool; the slots stay registered.
+
+        The next step allocates anew, at other addresses and with zeroed slots.
+        """
+        with self._lock:
+            self._check_no_lease()
+            self.close_graphs()
+            self._dismantle()
+            if self._kept is not None:
+                self._kept.release()
+                self._kept = None
+
+    def close(self) -> None:
+        """Release everything and refuse further steps. Doing it again does nothing.
+
+        A pool that the manager was given stays open; one of its own is closed.
+        """
+        with self._lock:
+            if self.closed:
+                return
+            self.release_all()
+            self.closed = True
+            if self._own_pool:
+                self._pool.close()
+
+    def __enter__(self) -> InputBufferManager:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def stats(self) -> ManagerStats:
+        """Return one consistent snapshot of the counters."""
+        with self._lock:
+            counts = {tokens: list(past) for tokens, past in self._past.items()}
+            for graph in (*self._fills.values(), *self._captured, *(graph for _, graph in self._leaving)):
+                count = counts.setdefault(graph.sizes[0], [0, 0])
+                count[0] += graph.steps
+                count[1] += graph.live
+            used = {tokens: steps for tokens, (steps, _) in sorted(counts.items()) if steps}
+            return ManagerStats(
+                steps=sum(used.values()),
+                live_tokens=sum(live for _, live in counts.values()),
+                padded_tokens=sum(tokens * steps for tokens, steps in used.items()),
+                buckets=used,
+                overflows=self._overflows,
+                ring_waits=self._past_waits + (self._ring.waits if self._ring else 0),
+                graphs=len(self._captured),
+                arena_bytes=self._arena.slot_bytes if self._arena else 0,
+                ring_bytes=self._arena.ring_bytes if self._arena else 0,
+            )
+
+    def check(self) -> None:
+        """Assert the manager's own invariants; waits for all steps.
+
+        Raises
+        ------
+        AssertionError
+            Slots overlap, a graph was captured over other memory, or host and device disagree about the steps.
+        """
+        with self._lock:
+            assert self._captured_tokens == [graph.sizes[0] for graph in self._captured]
+            assert all(graph.generation == self._generation for graph in (*self._captured, *self._fills.values()))
+            if self._ring is None:
+                return
+            self._stream.synchronize()
+            self._arena.check()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{len(self._captured)} graphs"
+        return f"InputBufferManager({len(self._slots)} slots, {self.max_tokens} tokens, ring={self._depth}, {state})"
+
+
+def _positive(name: str, value: Any) -> int:
+    size = _size(name, value)
+    if size < 1:
+        raise ValueError(f"{name} is {value!r}: give at least 1")
+    return size
+
+
+def _size(axis: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{axis} is {value!r}, a bool: give a number")
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{axis} is {value!r}: give a whole number") from None
+    if size < 0:
+        raise ValueError(f"{axis} is {size}: it cannot be negative")
+    return size
+
+
+def _bucket_lists(given: Any, max_tokens: int) -> dict[str, tuple[int, ...]]:
+    if given is None:
+        return {}
+    lists = dict(given) if isinstance(given, Mapping) else {"tokens": given}
+    return {
+        axis: _buckets.validate(sizes, max_tokens if axis == "tokens" else 1 << 62) for axis, sizes in lists.items()
+    }
