@@ -1,0 +1,96 @@
+"""What the kernels become: machine code for each architecture, read without a GPU.
+
+A spill is a kernel that waits for memory nobody asked for; a 16-byte access that became four is a fill at a
+fraction of the bus. Both are silent in every other test.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import lab
+import pytest
+
+from numbabuf import kernels
+
+pytestmark = pytest.mark.skipif(
+    bool(lab.missing()),
+    reason=f"compiling to machine code needs {', '.join(lab.missing())}; pip install -e .[cu13,sass]",
+)
+
+
+def examine(*arguments):
+    """Run the lab in a process of its own, outside the simulator: {(kernel number, architecture): row}."""
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    program = pathlib.Path(lab.__file__)
+    done = subprocess.run(
+        [sys.executable, str(program), "--json", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=program.parent.parent,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    per_kernel = len({row["arch"] for row in rows})
+    return {(index // per_kernel, row["arch"]): row for index, row in enumerate(rows)}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return examine()
+
+
+@pytest.fixture(scope="module")
+def controls():
+    return examine("--controls", "--arch", "sm_90")
+
+
+def spilled_bytes(row):
+    return row["spill_stores"] + row["spill_loads"]
+
+
+def local_accesses(row):
+    return [opcode for opcode in row["opcodes"] if opcode.startswith(("LDL", "STL"))]
+
+
+def wide_accesses(row, kind):
+    """128-bit loads ("LDG") or stores ("STG") of global memory."""
+    return sum(n for opcode, n in row["opcodes"].items() if opcode.startswith(kind) and ".128" in opcode)
+
+
+NAMES = [lab.kernel_name(kernel) for kernel, _ in kernels.KERNELS]
+EVERY_KERNEL = pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+EVERY_ARCHITECTURE = pytest.mark.parametrize("arch", lab.ARCHITECTURES)
+STREAMING = [number for number, name in enumerate(NAMES) if name.startswith(("fill", "copy"))]
+
+
+def test_the_lab_sees_local_memory_and_narrow_accesses(controls):
+    plain, local = controls[0, "sm_90"], controls[1, "sm_90"]
+    assert not local_accesses(plain) and plain["stack"] == 0
+    assert local_accesses(local) and local["stack"] > 0
+    assert plain["opcodes"]["LDG.E"] == 1 and wide_accesses(plain, "LDG") == 0
+
+
+def test_there_are_kernels_that_fill_and_copy():
+    assert STREAMING
+
+
+@EVERY_ARCHITECTURE
+@EVERY_KERNEL
+def test_no_spills_and_no_local_memory(compiled, number, arch):
+    row = compiled[number, arch]
+    assert row["name"] == NAMES[number]
+    assert spilled_bytes(row) == 0
+    assert local_accesses(row) == []
+    assert row["stack"] == 0
+
+
+@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("number", STREAMING, ids=[NAMES[number] for number in STREAMING])
+def test_fills_and_copies_use_128_bit_accesses(compiled, number, arch):
+    row = compiled[number, arch]
+    assert wide_accesses(row, "LDG") > 0, row["opcodes"]
+    assert wide_accesses(row, "STG") > 0, row["opcodes"]
