@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from . import _cuda
+from . import _cuda, html
 from .errors import CaptureError
 
 __all__ = ["CapturedStep", "Recording", "Step"]
@@ -54,6 +54,10 @@ class Step(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"Step({', '.join(f'{axis}={size}' for axis, size in self.bucket.items())})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, "x".join(map(str, view.shape)), str(view.dtype)) for name, view in self.items()]
+        return html.card(repr(self), html.table(["slot", "padded shape", "type"], rows))
 
 
 class CapturedStep:
@@ -105,6 +109,10 @@ class CapturedStep:
 
     def __repr__(self) -> str:
         return f"CapturedStep({self.step!r}, {self.steps} runs)"
+
+    def _repr_html_(self) -> str:
+        padding = max(0, self.sizes[0] * self.steps - self.live)
+        return html.card(repr(self), html.bar({"live tokens": self.live, "padding": padding}), self.step._repr_html_())
 
 
 class Recording:

@@ -35,6 +35,7 @@ class Lease:
     >>> manager = numbabuf.InputBufferManager(max_batch_size=1, max_seq_len=8)
     >>> with manager.stage(3) as lease:
     ...     lease["input_ids"][:] = [7, 8, 9]
+    >>> manager.synchronize()
     >>> lease.result["input_ids"].copy_to_host().tolist()
     [7, 8, 9, 0]
     >>> manager.close()

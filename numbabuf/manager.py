@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from . import _cuda, config, kernels
+from . import _cuda, config, html, kernels
 from . import buckets as _buckets
 from .arena import Arena
 from .errors import BucketOverflowError, BusyError, CaptureError, ClosedError, GraphMissingError
@@ -80,6 +80,7 @@ class InputBufferManager:
     --------
     >>> manager = InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8, 16, 32])
     >>> views = manager.stage_inputs({"input_ids": np.arange(5), "positions": np.arange(5)}, 5)
+    >>> manager.synchronize()
     >>> views["input_ids"].copy_to_host().tolist()
     [0, 1, 2, 3, 4, 0, 0, 0]
     >>> manager.close()
@@ -334,7 +335,8 @@ class InputBufferManager:
         past = self._past.setdefault(captured.sizes[0], [0, 0])
         past[0] += captured.steps
         past[1] += captured.live
-        for block in self._ring.blocks if self._ring else ():  # or the block would keep the graph's result until its next step
+        for block in self._ring.blocks if self._ring else ():
+            # or the block would keep the graph's result alive until its next step
             if block.bucket is captured:
                 block.bucket = None
         captured.close()
@@ -539,7 +541,7 @@ class InputBufferManager:
                 raise self._too_large(axis, live)
 
     def _submit_plain(self, target: CapturedStep, live: tuple[int, ...]) -> None:
-        """Queue and count a step that runs without a graph, and say so once. Its inputs are written, so they are good."""
+        """Queue and count a step without a graph, and say so once. Its inputs are written, so they are good."""
         if not self._warned:
             self._warned = True
             size = ", ".join(f"{axis}={size}" for axis, size in zip(self._axes, live, strict=True))
@@ -557,8 +559,11 @@ class InputBufferManager:
         """Queue a fill: the graph of its bucket or, for a step that has none, a launch."""
         if self._fills.get(target.sizes) is target:
             self._submit(target, live[0])
-        else:
+        elif any(size > choices[-1] for size, choices in zip(live, self._choices, strict=True)):
             self._submit_plain(target, live)
+        else:  # another thread was capturing, so that the bucket could not get its graph yet
+            self._submit(target, live[0])
+            self._retire(target)
 
     def _set_slot(self, slot: InputSlot, data: Any) -> None:
         """`InputSlot.set_data`: a fill in which every other slot has nothing to write."""
@@ -797,20 +802,23 @@ class InputBufferManager:
     def _adopt(self, captured: list[CapturedStep]) -> None:
         """Put new graphs in service, in place of those of the same sizes."""
         new = {graph.sizes: graph for graph in captured}
-        self._withdraw([graph for graph in self._captured if graph.sizes in new])
-        self._serve(self._captured + captured)
+        self._exchange([graph for graph in self._captured if graph.sizes in new], captured)
 
     def _withdraw(self, graphs: list[CapturedStep]) -> None:
-        """Take graphs out of service; each is closed once the steps queued so far, its replays among them, are done."""
-        if not graphs:
-            return
-        event = _cuda.Event()
-        event.record(self._stream)
-        self._leaving += [(event, graph) for graph in graphs]
-        self._serve([graph for graph in self._captured if graph not in graphs])
+        """Take graphs out of service."""
+        self._exchange(graphs, [])
 
-    def _serve(self, graphs: list[CapturedStep]) -> None:
-        self._captured = sorted(graphs, key=lambda graph: graph.sizes)
+    def _exchange(self, old: list[CapturedStep], new: list[CapturedStep]) -> None:
+        """Take graphs out of service and put others in, all at once or, on an error of the driver, none.
+
+        An old graph is closed once the steps queued so far, its replays among them, are done.
+        """
+        if old:
+            event = _cuda.Event()
+            event.record(self._stream)
+            self._leaving += [(event, graph) for graph in old]
+        kept = [graph for graph in self._captured if graph not in old]
+        self._captured = sorted(kept + new, key=lambda graph: graph.sizes)
         self._captured_tokens = [graph.sizes[0] for graph in self._captured]
         self._reap()
 
@@ -818,13 +826,15 @@ class InputBufferManager:
         """Close the withdrawn graphs whose replays are done."""
         if _cuda.captures:
             return  # a capture forbids the query, and the end of a graph may free memory
-        still = []
-        for event, graph in self._leaving:
-            if event.query():
+        for leaving in list(self._leaving):
+            event, graph = leaving
+            try:
+                done = event.query()
+            except Exception:  # a step has failed, which the next one reports; close_graphs ends the graph
+                done = False
+            if done:
+                self._leaving.remove(leaving)
                 self._retire(graph)
-            else:
-                still.append((event, graph))
-        self._leaving = still
 
     def _graph_for(self, live: tuple[int, ...]) -> CapturedStep | None:
         """The captured graph of fewest tokens that covers `live`, if there is one."""
@@ -1010,12 +1020,22 @@ class InputBufferManager:
     def close(self) -> None:
         """Release everything and refuse further steps. Doing it again does nothing.
 
-        A pool that the manager was given stays open; one of its own is closed.
+        A lease that is still open is discarded, so that an exception in its block is not hidden by another. A pool that
+        the manager was given stays open; one of its own is closed. Where queued work has failed, its error is raised
+        here, once, and the manager is closed all the same.
         """
         with self._lock:
             if self.closed:
                 return
-            self.release_all()
+            if self._lease is not None:
+                self._lease.discard()
+            try:
+                self.release_all()
+            except BusyError:
+                raise
+            except Exception:  # the context is gone: no other attempt would end better
+                self.closed = True
+                raise
             self.closed = True
             if self._own_pool:
                 self._pool.close()
@@ -1046,6 +1066,7 @@ class InputBufferManager:
                 graphs=len(self._captured),
                 arena_bytes=self._arena.slot_bytes if self._arena else 0,
                 ring_bytes=self._arena.ring_bytes if self._arena else 0,
+                bucket_tokens={tokens: counts[tokens][1] for tokens in used},
             )
 
     def check(self) -> None:
@@ -1067,6 +1088,13 @@ class InputBufferManager:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self._captured)} graphs"
         return f"InputBufferManager({len(self._slots)} slots, {self.max_tokens} tokens, ring={self._depth}, {state})"
+
+    def _repr_html_(self) -> str:
+        slots = [(slot.name, str(slot.spec), slot.axis or "whole", str(slot.pad)) for slot in self.slots]
+        ring = html.squares(self._ring.pending, self._depth, names=("staged", "free")) if self._ring else ""
+        return html.card(
+            repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
+        )
 
 
 def _positive(name: str, value: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels
+from . import html, kernels
 from .spec import BufferSpec, is_bfloat16, resolve_dtype
 
 __all__ = ["CONVERSIONS", "InputSlot"]
@@ -284,6 +284,15 @@ class InputSlot:
     def __repr__(self) -> str:
         extra = f"+{self.extra}" if self.extra else ""
         return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("holds", f"{self.spec}, {html.nbytes(self.spec.size_bytes)}"),
+            ("staged as", f"{self.source_dtype}, at most {self.max_live:,} elements"),
+            ("follows", f"{self.axis}+{self.extra}" if self.extra else self.axis or "nothing: staged whole"),
+            ("pad", str(self.pad)),
+        ]
+        return html.card(f"InputSlot {self.name}", html.table(["", ""], rows))
 
 
 def _casts(source: np.dtype, target: np.dtype) -> bool:

@@ -26,7 +26,7 @@ def align(nbytes: int) -> int:
 
 
 def _words_nbytes(slots: tuple[InputSlot, ...]) -> int:
-    """Bytes of a block's live words. A launch has a row of thread blocks even where there is no slot: it finds zeros."""
+    """Bytes of a block's live words: a launch has a row of thread blocks even without a slot, which finds zeros."""
     return max(1, len(slots)) * kernels.LIVE * kernels.WORD
 
 

@@ -1,0 +1,182 @@
+"""The zero-copy lease: exactly once, read-only afterwards, one at a time, given back on an error."""
+
+import threading
+
+import kit
+import numpy as np
+import pytest
+
+from numbabuf import BucketOverflowError, BufferSpec, BusyError, ClosedError, GraphMissingError, InputBufferManager
+
+
+@pytest.fixture
+def manager():
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8, 16]) as made:
+        made.register_slot("short", BufferSpec(32, "int32"), source_dtype="int64", max_live=20)
+        made.register_slot("table", BufferSpec((4, 3), "int32"), axis="seqs", pad="repeat_last")
+        yield made
+
+
+def test_what_is_written_is_filled_and_padded(manager):
+    with manager.stage(3, seqs=2) as lease:
+        assert lease["input_ids"].shape == (3,) and lease["input_ids"].dtype == np.int64
+        assert lease["table"].shape == (2, 3) and lease["short"].dtype == np.int64
+        lease["input_ids"][:] = [7, 8, 9]
+        lease["table"][:] = [[1, 2, 3], [4, 5, 6]]
+        lease["short"][:] = -5
+    found = kit.contents(manager)
+    assert found["input_ids"][:9].tolist() == [7, 8, 9, 0, 0, 0, 0, 0, 0]
+    assert found["short"][:9].tolist() == [-5] * 3 + [0] * 6
+    assert found["table"][:2].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert found["positions"][:8].tolist() == [0] * 8, "never asked for: all padding"
+    assert set(lease.result) == {"input_ids", "positions", "short", "table"}
+    assert lease.result["input_ids"].shape == (8,)
+    manager.check()
+
+
+def test_asking_twice_gives_the_same_array(manager):
+    with manager.stage(3, seqs=1) as lease:
+        assert lease["input_ids"] is lease["input_ids"]
+
+
+def test_replay_ends_the_lease(manager):
+    manager.capture_buckets(lambda step: step.bucket["tokens"], [8, 16])
+    with manager.stage(9, seqs=0) as lease:
+        lease["input_ids"][:] = np.arange(9)
+        assert lease.replay() == 16
+        with pytest.raises(ClosedError, match="ended"):
+            lease["input_ids"]
+    assert lease.result == 16
+    assert manager.stats().steps == 1, "leaving the block does not stage it again"
+    assert kit.contents(manager)["input_ids"][:10].tolist() == [*range(9), 0]
+
+
+@pytest.mark.parametrize("how", ["fill", "replay", "discard", "leave"])
+def test_a_lease_ends_exactly_once(manager, how):
+    manager.capture_buckets(lambda step: None, [8])
+    lease = manager.stage(3, seqs=1)
+    array = lease["input_ids"]
+    array[:] = 1
+    if how == "leave":
+        with lease:
+            pass
+    else:
+        getattr(lease, how)()
+    for again in (lease.fill, lease.replay, lease.discard, lambda: lease["input_ids"], lease.__enter__):
+        with pytest.raises(ClosedError):
+            again()
+    with pytest.raises(ValueError, match="read-only"):
+        array[:] = 2
+    manager.replay({}, 0, seqs=0)
+    manager.check()
+
+
+def test_an_exception_gives_the_block_back_unused(manager):
+    manager.stage_inputs({"input_ids": [5]}, 1, seqs=0)
+    before, steps = kit.contents(manager), manager.stats()
+    with pytest.raises(ZeroDivisionError), manager.stage(3, seqs=1) as lease:
+        lease["input_ids"][:] = 99
+        raise ZeroDivisionError
+    after = kit.contents(manager)
+    assert all((after[name] == before[name]).all() for name in before) and manager.stats() == steps
+    manager.stage_inputs({"input_ids": [6]}, 1, seqs=0)
+    assert kit.contents(manager)["input_ids"][:2].tolist() == [6, 0]
+    manager.check()
+
+
+def test_one_lease_at_a_time(manager):
+    manager.capture_buckets(lambda step: None, [8])
+    with manager.stage(3, seqs=1):
+        for call in (
+            lambda: manager.stage(1, seqs=1),
+            lambda: manager.stage_inputs({}, 0, seqs=0),
+            lambda: manager.replay({}, 0, seqs=0),
+            lambda: manager.get_slot("input_ids").set_data([1]),
+            lambda: manager.capture(8, seqs=1).__enter__(),
+            lambda: manager.capture_buckets(lambda step: None),
+            lambda: manager.register_slot("late", BufferSpec(1)),
+            manager.release_all,
+        ):
+            with pytest.raises(BusyError):
+                call()
+    assert [slot.name for slot in manager.slots] == ["input_ids", "positions", "short", "table"]
+    manager.stage_inputs({}, 0, seqs=0)
+    manager.check()
+
+
+def test_the_range_is_checked_at_the_end(manager):
+    manager.stage_inputs({"short": [5]}, 1, seqs=0)
+    with pytest.raises(OverflowError, match="short"), manager.stage(2, seqs=0) as lease:
+        lease["short"][:] = [1, 1 << 40]
+    assert kit.contents(manager)["short"][:2].tolist() == [5, 0], "nothing was filled"
+    manager.stage_inputs({"short": [6]}, 1, seqs=0)
+    manager.check()
+
+
+def test_sizes_that_do_not_fit(manager):
+    with pytest.raises(ValueError, match="holds 32"):
+        manager.stage(33, seqs=0)
+    with pytest.raises(ValueError, match="'table' holds 4"):
+        manager.stage(3, seqs=5)
+    with pytest.raises(TypeError, match="seqs"):
+        manager.stage(3)
+    with manager.stage(16, seqs=1) as lease:
+        with pytest.raises(KeyError, match="no static slot"):
+            lease["other"]
+        lease["short"][:] = 0
+    with pytest.raises(BucketOverflowError), manager.stage(21, seqs=0) as lease:
+        with pytest.raises(ValueError, match="max_live=20"):
+            lease["short"]
+        lease.discard()
+        manager.stage(17, seqs=0).fill()
+    manager.stage_inputs({}, 0, seqs=0)
+    manager.check()
+
+
+def test_replay_without_a_graph(manager):
+    with pytest.raises(GraphMissingError):
+        manager.stage(3, seqs=0).replay()
+    manager.capture_buckets(lambda step: None, [8])
+    with pytest.raises(BucketOverflowError):
+        manager.stage(9, seqs=0).replay()
+    manager.stage_inputs({}, 0, seqs=0)
+    manager.check()
+
+
+def test_a_lease_may_end_in_another_thread(manager):
+    lease = manager.stage(3, seqs=0)
+    lease["input_ids"][:] = 4
+    thread = threading.Thread(target=lease.fill)
+    thread.start()
+    thread.join()
+    assert kit.contents(manager)["input_ids"][:4].tolist() == [4, 4, 4, 0]
+
+
+def test_repr_is_one_line(manager):
+    lease = manager.stage(3, seqs=0)
+    assert repr(lease) == "Lease(open, nothing written)"
+    lease["short"][:] = 0
+    lease.discard()
+    assert repr(lease) == "Lease(ended, short)"
+
+
+def test_a_replay_along_one_axis_is_refused_too():
+    """The shortest way through `replay`, which looks at the lease by itself."""
+    with InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8]) as m:
+        m.capture_buckets(lambda step: None)
+        with m.stage(3) as lease:
+            lease["input_ids"][:] = 7
+            with pytest.raises(BusyError):
+                m.replay({"input_ids": np.arange(4)}, 4)
+        assert kit.contents(m)["input_ids"].tolist() == [7, 7, 7, 0, 0, 0, 0, 0]
+        m.check()
+
+
+def test_closing_the_manager_discards_an_open_lease():
+    manager = InputBufferManager(max_batch_size=1, max_seq_len=8)
+    lease = manager.stage(3)
+    array = lease["input_ids"]
+    manager.close()
+    assert manager.closed and not array.flags.writeable
+    with pytest.raises(ClosedError):
+        lease.fill()
