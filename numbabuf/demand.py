@@ -1,0 +1,516 @@
+"""Shape demand: which sizes were asked for lately, and which are worth having ready next.
+
+`DemandModel` is a moving window of observed sizes with a small learner on top; `Demands` holds one for each
+axis. NumPy only: this module knows no pool, no device and no graph, so that a whole trace runs through it
+alone. It imports nothing of the package but `html`; `buckets.plan` reads a model's `histogram()`, and
+`predictive` turns forecasts into warm buffers and graphs.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import html
+
+__all__ = ["DemandModel", "Demands", "Forecast"]
+
+Ints = NDArray[np.int64]
+
+MAX_SIZE = 1 << 40
+"""Largest size that can be observed; more than that is a damaged number and not a shape."""
+
+
+NEVER = 1 << 60
+"""A step that does not come."""
+
+
+class Forecast(NamedTuple):
+    """One size worth having ready."""
+
+    size: int
+    """The bucket."""
+    probability: float
+    """Estimated probability, in [0, 1], that it is used within the model's ``horizon`` steps."""
+
+
+class DemandModel:
+    """A moving window of the demand on one axis, and a forecast of what it asks for next.
+
+    Parameters
+    ----------
+    window : int
+        Observations kept. Estimates forget over a quarter of it.
+    buckets : sequence of int, optional
+        Sizes that a forecast may name, increasing. An observed size counts for the smallest bucket that holds
+        it, one above them all for the largest. By default four sizes a doubling, as far up as demand has
+        reached.
+    warm_steps : int
+        Steps from asking for a size to having it ready: the time of a warm-up over the time of a step.
+    clock : callable returning float
+        Time stamps of the observations, in seconds. `merge` keeps the newest, so workers on several machines
+        need one wall clock.
+
+    Notes
+    -----
+    The window is the whole state: `save` writes it, `merge` unites it, and what was learned is learned again
+    from it. Not thread-safe: one owner at a time. `observe` with `forecast` costs some tens of microseconds
+    (``python -m benchmarks prediction``).
+
+    Examples
+    --------
+    >>> model = DemandModel(buckets=[8, 16, 32], warm_steps=1)
+    >>> for size in [5, 6, 30] * 40:
+    ...     model.observe(size)
+    >>> sorted(forecast.size for forecast in model.forecast(2))
+    [8, 32]
+    """
+
+    def __init__(
+        self,
+        window: int = 1024,
+        *,
+        buckets: Sequence[int] | None = None,
+        warm_steps: int = 8,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.window = _whole("window", window, 1 << 24)
+        self.warm_steps = _whole("warm_steps", warm_steps, 1024)
+        self._fixed = buckets is not None
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque(maxlen=self.window)
+        self._learn(_four_per_doubling(1) if buckets is None else _increasing(buckets))
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __repr__(self) -> str:
+        return f"<DemandModel: {len(self)} of {self.window} observations, {len(self.buckets)} buckets>"
+
+    def _repr_html_(self) -> str:
+        sizes, counts = self.histogram()
+        return html.card(repr(self), html.columns(dict(zip(sizes.tolist(), counts.tolist(), strict=True))))
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The sizes that a forecast may name, increasing."""
+        return self._buckets
+
+    @property
+    def horizon(self) -> int:
+        """Steps ahead that the probabilities of a forecast speak of: a warm-up and 8 more."""
+        return self._learner.horizon
+
+    def observe(self, size: int) -> None:
+        """Record that one step needed ``size``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``size`` is not a whole number from 1 to 2**40, or the clock gives no finite number.
+        """
+        size = _whole("size", size, MAX_SIZE)
+        now = float(self._clock())
+        if not math.isfinite(now):
+            raise ValueError(f"the clock must return finite seconds; found {now}")
+        self._seen.append((now, size))
+        if size > self._buckets[-1] and not self._fixed:
+            self._learn(_four_per_doubling(size))  # the window is learned again, this step with it
+        else:
+            self._learner.observe(self._index(size))
+
+    def forecast(self, k: int) -> tuple[Forecast, ...]:
+        """Return the ``k`` sizes to hold ready, those that promise most hits for their room first.
+
+        Fewer where there are fewer buckets, none before the first observation.
+
+        Notes
+        -----
+        A model takes it that its last forecast is followed: what that named is warm or warming, and is kept
+        rather than dropped for a little more, since anything new has to be warmed first.
+        """
+        chosen, probability = self._learner.forecast(_whole("k", k, 1 << 24))
+        buckets = self._buckets
+        return tuple(Forecast(buckets[i], p) for i, p in zip(chosen, probability, strict=True))
+
+    def histogram(self) -> tuple[Ints, Ints]:
+        """Return the sizes in the window, increasing, and how often each was observed."""
+        sizes, counts = np.unique(np.array([size for _, size in self._seen], np.int64), return_counts=True)
+        return sizes, counts.astype(np.int64)
+
+    @classmethod
+    def merge(cls, models: Iterable[DemandModel]) -> DemandModel:
+        """Return a new model of what all of ``models`` saw: the newest ``window`` observations of any of
+        them.
+
+        In whatever order and grouping models are merged, the result is the same. Its clock is the first
+        one's.
+
+        Raises
+        ------
+        ValueError
+            If there is no model, or two differ in window, buckets or warm_steps.
+        """
+        models = list(models)
+        if not models:
+            raise ValueError("merge needs at least one DemandModel; found none")
+        first = models[0]
+        for other in models[1:]:
+            if other._settings() != first._settings():
+                raise ValueError(
+                    f"only models of equal window, warm_steps and buckets can be merged; found "
+                    f"{first._settings()} and {other._settings()}: make them alike"
+                )
+        seen = sorted(pair for model in models for pair in model._seen)[-first.window :]
+        return cls._restore(*first._settings(), seen, first._clock)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to ``path`` (.npz); a file there is replaced at once or not at all."""
+        _write(path, self._fields())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> DemandModel:
+        """Return the model that `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the file is not one, is damaged, or holds what no model can hold. Nothing in it is executed.
+        """
+        return _parse(path, lambda fields: cls._read(fields, clock))
+
+    def _settings(self) -> tuple[int, int, tuple[int, ...] | None]:
+        return self.window, self.warm_steps, self._buckets if self._fixed else None
+
+    @classmethod
+    def _restore(
+        cls,
+        window: int,
+        warm_steps: int,
+        buckets: Sequence[int] | None,
+        seen: Iterable[tuple[float, int]],
+        clock: Callable[[], float],
+    ) -> DemandModel:
+        model = cls(window, buckets=buckets, warm_steps=warm_steps, clock=clock)
+        model._seen.extend(seen)
+        largest = max((size for _, size in model._seen), default=1)
+        model._learn(model._buckets if model._fixed else _four_per_doubling(largest))
+        return model
+
+    def _fields(self) -> dict[str, NDArray[Any]]:
+        return {
+            "format": np.array([1, self.window, self.warm_steps]),
+            "buckets": np.array(self._buckets if self._fixed else (), np.int64),
+            "times": np.array([at for at, _ in self._seen], np.float64),
+            "sizes": np.array([size for _, size in self._seen], np.int64),
+        }
+
+    @classmethod
+    def _read(cls, fields: Mapping[str, NDArray[Any]], clock: Callable[[], float]) -> DemandModel:
+        kinds = {"format": "i", "buckets": "i", "times": "f", "sizes": "i"}
+        for name, kind in kinds.items():
+            if name not in fields or fields[name].ndim != 1 or fields[name].dtype.kind != kind:
+                raise ValueError(f"the array {name!r} is missing or of the wrong kind")
+        if fields["format"].size != 3 or fields["format"][0] != 1:
+            raise ValueError(f"format {fields['format'].tolist()} is not known here")
+        _, window, warm_steps = fields["format"].tolist()
+        times, sizes = fields["times"], fields["sizes"]
+        if times.shape != sizes.shape or sizes.size > window:
+            raise ValueError(f"{times.size} times and {sizes.size} sizes do not fit a window of {window}")
+        if not np.isfinite(times).all() or (sizes.size and not 1 <= sizes.min() <= sizes.max() <= MAX_SIZE):
+            raise ValueError("times must be finite and sizes from 1 to 2**40")
+        seen = zip(times.tolist(), sizes.tolist(), strict=True)
+        return cls._restore(window, warm_steps, fields["buckets"].tolist() or None, seen, clock)
+
+    def _index(self, size: int) -> int:
+        found = self._at.get(size)
+        if found is None:
+            found = min(int(np.searchsorted(self._buckets, size)), len(self._buckets) - 1)
+            if len(self._at) < 1 << 16:
+                self._at[size] = found
+        return found
+
+    def _learn(self, buckets: tuple[int, ...]) -> None:
+        self._buckets = buckets
+        self._at: dict[int, int] = {}
+        self._learner = _Learner(len(buckets), self.window, self.warm_steps)
+        for _, size in self._seen:
+            self._learner.observe(self._index(size))
+
+
+class Demands(Mapping[str, DemandModel]):
+    """One `DemandModel` for each axis, by name, under the same four verbs.
+
+    Parameters
+    ----------
+    axes : iterable of str
+        Names such as "tokens" and "seqs".
+    **options
+        What every model is made with.
+
+    Examples
+    --------
+    >>> demands = Demands(["tokens", "seqs"], window=256)
+    >>> demands.observe(tokens=300, seqs=4)
+    >>> demands["seqs"].forecast(1)[0].size
+    4
+    """
+
+    def __init__(self, axes: Iterable[str], **options: Any) -> None:
+        self._models = {axis: DemandModel(**options) for axis in axes}
+
+    def __getitem__(self, axis: str) -> DemandModel:
+        return self._models[axis]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def observe(self, **sizes: int) -> None:
+        """Record the size of each axis named; a bad one among them is refused before any is recorded."""
+        for axis, size in sizes.items():
+            if axis not in self._models:
+                raise KeyError(f"no axis {axis!r} here; there are {', '.join(self._models) or 'none'}")
+            _whole(axis, size, MAX_SIZE)
+        for axis, size in sizes.items():
+            self._models[axis].observe(size)
+
+    def forecast(self, k: int) -> dict[str, tuple[Forecast, ...]]:
+        """Return each axis's `DemandModel.forecast`."""
+        return {axis: model.forecast(k) for axis, model in self._models.items()}
+
+    @classmethod
+    def merge(cls, many: Iterable[Demands]) -> Demands:
+        """Return the axes of all of ``many``, each merged as `DemandModel.merge` does."""
+        many = list(many)
+        merged = cls(())
+        for axis in sorted({axis for demands in many for axis in demands}):
+            merged._models[axis] = DemandModel.merge(d[axis] for d in many if axis in d)
+        return merged
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all axes to one file (.npz); a file there is replaced at once or not at all."""
+        _write(path, {f"{axis}/{k}": v for axis, model in self.items() for k, v in model._fields().items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> Demands:
+        """Return what `save` wrote; ValueError as for `DemandModel.load`."""
+
+        def read(fields: Mapping[str, NDArray[Any]]) -> Demands:
+            axes: dict[str, dict[str, NDArray[Any]]] = {}
+            for name, array in fields.items():
+                axis, _, field = name.rpartition("/")
+                axes.setdefault(axis, {})[field] = array
+            demands = cls(())
+            demands._models = {axis: DemandModel._read(found, clock) for axis, found in axes.items()}
+            return demands
+
+        return _parse(path, read)
+
+
+class _Learner:
+    """Estimates when each of ``m`` buckets is used next, and picks those most worth a place.
+
+    What is estimated. Once a bucket is used it exists, so having it ready ahead buys exactly one hit, at its
+    next use, and takes a place until then. Four probabilities say when that use falls, in steps ahead:
+
+        (0, 4], (0, horizon]              what keeping a warm bucket can catch
+        (warm, warm+2], (warm, warm+8]    what a warm-up that starts now can catch
+
+    How. Five tables of counters hold the share of past steps, in a like situation of the bucket, after which
+    its use did fall into the window. Each step the tables' logits are added up with weights learned on line
+    by logistic regression, so tables that know nothing of this demand fade out. Outcomes are counted
+    ``horizon`` steps late, when they are known.
+    """
+
+    TABLES = ("usage", "after", "course", "trend", "idle")
+    """Situations: none (the plain rate); which bucket is in use, and whether it was reached upwards or
+    downwards; the distance from it and that direction; the distance and the move over the last 4 steps; the
+    steps since the bucket's own last use. All but ``course`` and ``trend``, which carry over to sizes never
+    seen, are kept for each bucket by itself."""
+
+    FORGET = 0.25
+    """Share of the window over which counters average."""
+    LEARN = np.float32(0.001)
+    """Step of the weights, in units of the usual slope."""
+    FAR = 8
+    """Moves over 4 steps are told apart up to this many buckets."""
+    AGES = np.array([n if n < 32 else min(51, int(32 + 4 * math.log2(n / 32))) for n in range(1025)])
+    """Class of each number of steps without use: its own up to 32, four a doubling beyond, one from 1,024."""
+
+    def __init__(self, m: int, window: int, warm_steps: int) -> None:
+        self.m, self.warm_steps = m, warm_steps
+        self.horizon = warm_steps + 8
+        low = np.array([0, 0, warm_steps, warm_steps])
+        high = np.array([4, self.horizon, warm_steps + 2, warm_steps + 8])
+        H, W, E = low.size, self.horizon, len(self.TABLES)
+        # Row n: did a use n steps ahead fall into each window? Kept off 0 and 1, so that logits are finite.
+        ahead = np.arange(W + 2)[:, None]
+        self._outcomes = np.where((ahead > low) & (ahead <= high), 0.999, 0.001).astype(np.float32)
+        # A place is taken to the end of the window or, if the use comes, on average to the middle of it.
+        self._steps = high.astype(np.float32)
+        self._saved = ((high - low - 1) / 2).astype(np.float32)
+
+        # Beyond 256 buckets "after" tells fewer of them apart, so that its table stays small.
+        self._groups = min(m, max(1, (1 << 16) // m))
+        moves = 2 * self.FAR + 1
+        rows = {
+            "usage": m,
+            "after": 3 * self._groups * m,
+            "course": 6 * m,
+            "trend": moves * 2 * m,
+            "idle": 52 * m,
+        }
+        start = np.cumsum([0] + [rows[table] for table in self.TABLES])
+        self._share = np.empty((start[-1], H), np.float32)  # the tables, one below the other
+        self._share[:] = np.minimum((high - low) / (m + 1), 0.5)
+        self._rate = np.full(start[-1], 0.5, np.float32)  # how much of a new outcome each row takes in
+        self._slowest = np.float32(1 / max(1, self.FORGET * window))
+        self._weight = np.full(E, 1 / E, np.float32)
+        self._slope = np.ones(E, np.float32)  # usual size, squared
+
+        apart = np.array([52 if table == "idle" else 1 for table in self.TABLES])
+        self._own = start[:-1, None] + apart[:, None] * np.arange(m)  # [E, m], each bucket's first row
+        self._offset = np.zeros((E, 1), np.intp)
+        self._row = {table: i for i, table in enumerate(self.TABLES)}
+        # Rings over the last W steps: rows looked up, their logits, the estimates; and the buckets used,
+        # written twice so that any W of them lie in a row.
+        self._rows = np.zeros((W, E, m), np.intp)
+        self._logits = np.zeros((W, E, m, H), np.float32)
+        self._estimates = np.zeros((W, m, H), np.float32)
+        self._past = np.zeros(2 * W, np.intp)
+        self._countdown = np.arange(W, 0, -1)
+        self._until = np.empty(m, np.intp)  # [m], steps from the source to the bucket's next use
+        self._used = np.full(m, -1 << 20)  # [m], step of the last use
+        self._ready = np.full(m, NEVER)  # [m], step from which the bucket is warm, if forecasts are followed
+        self.t = self._now = self._direction = 0
+
+    def observe(self, b: int) -> None:
+        """Take in that bucket ``b`` is used now: learn how a step ``horizon`` ago went on, then look
+        ahead."""
+        t, m, slot = self.t, self.m, self.t % self.horizon
+        self._past[slot] = self._past[slot + self.horizon] = b
+        if t >= self.horizon:
+            self._learn(slot)
+        if b != self._now:
+            self._direction = 1 if b > self._now else 2
+            self._now = b
+        self._used[b] = t
+        move = b - int(self._past[(t - 4) % self.horizon]) if t >= 4 else 0
+        offsets = {
+            "after": (3 * (b * self._groups // m) + self._direction) * m,
+            "course": (2 * self._direction + 1) * m - b,
+            "trend": (2 * (min(max(move, -self.FAR), self.FAR) + self.FAR) + 1) * m - b,
+        }
+        for table, offset in offsets.items():
+            if table in self._row:
+                self._offset[self._row[table]] = offset
+        rows = np.add(self._own, self._offset, out=self._rows[slot])
+        if "idle" in self._row:
+            rows[self._row["idle"]] += self.AGES.take(t - self._used, mode="clip")
+        share = self._share.take(rows, 0)
+        logits = np.log(share / (1 - share), out=self._logits[slot])
+        odds = np.exp(np.minimum(self._weight @ logits.reshape(len(rows), -1), 30))
+        np.divide(odds, 1 + odds, out=self._estimates[slot].reshape(-1))
+        self.t = t + 1
+
+    def _learn(self, slot: int) -> None:
+        """Compare the estimates made ``horizon`` steps ago with what came; ``slot`` still holds their
+        workings."""
+        self._until.fill(self.horizon + 1)
+        # Last to first, so that of several uses of one bucket the soonest is what stays.
+        self._until[self._past[slot + self.horizon : slot : -1]] = self._countdown
+        outcome = self._outcomes.take(self._until, 0)  # [m, H]
+        error = outcome - self._estimates[slot]
+        logits = self._logits[slot]
+        slope = logits.reshape(len(logits), -1) @ error.reshape(-1)
+        self._slope += np.float32(0.005) * (slope * slope - self._slope)
+        self._weight += self.LEARN * slope / (np.sqrt(self._slope) + np.float32(1e-4))
+        rows = self._rows[slot].reshape(-1)  # no row twice, so plain indexing is enough
+        rate = self._rate.take(rows)
+        rate /= 1 + rate  # 1/3, 1/4, 1/5 ...: a mean in which the start counts twice
+        np.maximum(rate, self._slowest, out=rate)
+        share = self._share.take(rows, 0)
+        change = (outcome - share.reshape(logits.shape)).reshape(share.shape)
+        change *= rate[:, None]
+        share += change
+        self._rate[rows] = rate
+        self._share[rows] = share
+
+    def forecast(self, k: int) -> tuple[list[int], list[float]]:
+        """Return the ``k`` buckets of most expected hits for each step that they take a place, and their
+        chances."""
+        if not self.t:
+            return [], []
+        t, ready = self.t, self._ready
+        ready[self._now] = min(ready[self._now], t)  # it was used, so it exists
+        p = self._estimates[(t - 1) % self.horizon]
+        hits = (p / (self._steps - self._saved * p)).T  # [H, m], for each step of the place
+        keep, fetch = np.maximum(hits[0], hits[1]), np.maximum(hits[2], hits[3])
+        wait = np.minimum(np.maximum(ready - t, 0), self.warm_steps)
+        value = keep + (fetch - keep) * (wait * (1 / self.warm_steps))  # half warm, half of each
+        k = min(k, self.m)
+        best = value.argpartition(self.m - k)[self.m - k :]
+        best = best[(-value[best]).argsort()]
+        self._ready = np.full(self.m, NEVER)
+        self._ready[best] = t + wait[best]
+        return best.tolist(), p[best, 1].tolist()
+
+
+def _four_per_doubling(largest: int) -> tuple[int, ...]:
+    """Sizes from 1 to at least ``largest`` and 16, each at most 19 % above the last where whole numbers
+    allow."""
+    doublings = max(4, (largest - 1).bit_length())
+    return tuple(sorted({math.ceil(2 ** (i / 4)) for i in range(4 * doublings + 1)}))
+
+
+def _increasing(buckets: Iterable[int]) -> tuple[int, ...]:
+    sizes = tuple(_whole("a bucket", size, MAX_SIZE) for size in buckets)
+    if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+        raise ValueError(
+            f"buckets must be one size or more, increasing; found {sizes}: sort them, without repeats"
+        )
+    return sizes
+
+
+def _whole(name: str, value: Any, highest: int) -> int:
+    """Return ``value`` as an int if it is a whole number from 1 to ``highest``."""
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number; found {value!r} ({type(value).__name__})")
+        value = int(value)
+    if not 1 <= value <= highest:
+        raise ValueError(f"{name} must be from 1 to {highest}; found {value}")
+    return value
+
+
+def _write(path: str | os.PathLike[str], fields: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays beside ``path`` and move them there, so that a reader sees the old file or the new one."""
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **dict(fields))  # type: ignore[arg-type]
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def _parse(path: str | os.PathLike[str], read: Callable[[Mapping[str, NDArray[Any]]], Any]) -> Any:
+    """Return ``read`` of the arrays in a file, and any fault in either as one ValueError."""
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as found:
+                return read({name: found[name] for name in found.files})
+        except Exception as error:  # a damaged archive raises a dozen kinds, RuntimeError among them
+            raise ValueError(f"{os.fspath(path)} holds no saved demand ({error}): save it again") from error

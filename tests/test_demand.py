@@ -1,0 +1,467 @@
+"""The demand model: its window against a naive twin, what it learns, merging, and files good and bad."""
+
+import itertools
+import os
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numbabuf import demand
+from numbabuf.demand import DemandModel, Demands
+
+SIZES = st.lists(st.integers(1, 3000), max_size=60)
+BAD_SIZES = [
+    0,
+    -1,
+    (1 << 40) + 1,
+    10**30,
+    2.0,
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    "8",
+    [3],
+    np.float64(4),
+]
+
+
+def feed(model, sizes):
+    for size in sizes:
+        model.observe(size)
+    return model
+
+
+def ticking(start=0.0, step=1.0):
+    return map(float, itertools.count(start, step)).__next__
+
+
+def content(model):
+    return list(model._seen), model._settings()
+
+
+# ------------------------------------------------------------------------------------------------ the window
+
+
+@given(SIZES, st.integers(1, 20))
+def test_the_window_is_the_newest_sizes(sizes, window):
+    model = feed(DemandModel(window), sizes)
+    kept = sizes[-window:]
+    found, counts = model.histogram()
+    assert len(model) == len(kept)
+    assert dict(zip(found.tolist(), counts.tolist(), strict=True)) == {x: kept.count(x) for x in kept}
+    assert (np.diff(found) > 0).all() and found.dtype == counts.dtype == np.int64
+
+
+@pytest.mark.parametrize("size", BAD_SIZES, ids=repr)
+def test_a_bad_size_is_refused_and_changes_nothing(size):
+    model, twin = (feed(DemandModel(8, clock=ticking()), [3, 9, 3]) for _ in range(2))
+    with pytest.raises((TypeError, ValueError), match="size"):
+        model.observe(size)
+    assert content(model) == content(twin)
+    assert model.forecast(4) == twin.forecast(4)
+
+
+def test_any_kind_of_integer_is_a_size():
+    model = feed(DemandModel(), [np.int32(5), np.uint8(5), 5])
+    assert [a.tolist() for a in model.histogram()] == [[5], [3]]
+
+
+def test_a_clock_that_gives_no_number_is_refused():
+    model = DemandModel(clock=lambda: float("nan"))
+    with pytest.raises(ValueError, match="clock"):
+        model.observe(3)
+    assert len(model) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 0},
+        {"window": 2.5},
+        {"warm_steps": 0},
+        {"warm_steps": float("nan")},
+        {"buckets": []},
+        {"buckets": [4, 4]},
+        {"buckets": [8, 4]},
+        {"buckets": [0, 4]},
+        {"buckets": [1.0]},
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options):
+    with pytest.raises((TypeError, ValueError), match="window|warm_steps|bucket"):
+        DemandModel(**options)
+
+
+# -------------------------------------------------------------------------------------------------- forecasts
+
+
+@given(SIZES, st.integers(1, 12), st.integers(1, 12))
+def test_a_forecast_is_distinct_buckets_with_probabilities(sizes, k, warm_steps):
+    model = DemandModel(64, warm_steps=warm_steps)
+    for size in sizes:
+        model.observe(size)
+        found = model.forecast(k)
+        assert len(found) == len({f.size for f in found}) == min(k, len(model.buckets))
+        assert {f.size for f in found} <= set(model.buckets)
+        assert all(0 <= f.probability <= 1 for f in found)
+
+
+def test_nothing_seen_forecasts_nothing():
+    assert DemandModel().forecast(3) == ()
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, None, float("nan")], ids=repr)
+def test_a_forecast_needs_a_count(k):
+    with pytest.raises((TypeError, ValueError), match="k must"):
+        feed(DemandModel(), [1]).forecast(k)
+
+
+def test_buckets_grow_with_demand_and_keep_what_was_seen():
+    model = feed(DemandModel(clock=ticking()), [3] * 50)
+    assert model.buckets[-1] == 16
+    feed(model, [1000])
+    assert model.buckets[-1] == 1024
+    assert model._learner.t == 51
+    assert model.forecast(1)[0].size in (3, 1024)
+
+
+def test_default_buckets_pad_at_most_a_fifth():
+    buckets = feed(DemandModel(), [1 << 20]).buckets
+    assert all(b <= 1.19 * a + 1 for a, b in itertools.pairwise(buckets))
+
+
+def test_given_buckets_are_kept_and_larger_sizes_count_for_the_largest():
+    model = feed(DemandModel(buckets=[8, 64]), [1000] * 40)
+    assert model.buckets == (8, 64)
+    assert model.forecast(1)[0].size == 64
+
+
+def hits(model, sizes, k):
+    """Steps of the second half that found their bucket named, and warm for long enough."""
+    ready, count = {}, 0
+    for t, size in enumerate(sizes):
+        named = [f.size for f in model.forecast(k)]
+        ready = {b: ready.get(b, t + model.warm_steps) for b in named}
+        if t and (last := sizes[t - 1]) in ready:
+            ready[last] = min(ready[last], t)
+        count += t >= len(sizes) // 2 and ready.get(size, t + 1) <= t
+        model.observe(size)
+    return count / (len(sizes) - len(sizes) // 2)
+
+
+def test_a_size_that_is_used_again_is_kept():
+    sizes = [5, 9] * 300
+    assert hits(DemandModel(buckets=range(1, 17), warm_steps=4), sizes, 2) == 1
+
+
+def test_a_climb_is_warmed_ahead():
+    ramp = [*range(1, 60), *range(60, 1, -1)]
+    sizes = [size for size in ramp * 12 for _ in range(4)]
+    assert hits(DemandModel(buckets=range(1, 61), warm_steps=8), sizes, 6) > 0.97
+    lru = sum(a == b for a, b in itertools.pairwise(sizes)) / len(sizes)
+    assert lru < 0.76  # what is had by keeping alone: three steps of four, and the turns
+
+
+def test_the_common_sizes_are_held_where_nothing_else_is_to_be_known():
+    rng = random.Random(0)
+    sizes = rng.choices(range(1, 17), [32, 24, 16, *[1] * 13], k=6000)
+    best = (32 + 24 + 16) / (72 + 13)
+    assert hits(DemandModel(buckets=range(1, 17), warm_steps=4), sizes, 3) > 0.95 * best
+
+
+def test_probabilities_are_calibrated():
+    """A size that is used in a share p of all windows of `horizon` steps is given about that probability."""
+    rng = random.Random(1)
+    model = DemandModel(buckets=[8, 16], warm_steps=4)
+    given_to_16 = []
+    for t in range(6000):
+        model.observe(16 if rng.random() < 0.05 else 8)
+        if t > 2000:
+            given_to_16 += [f.probability for f in model.forecast(2) if f.size == 16]
+    assert np.mean(given_to_16) == pytest.approx(1 - 0.95**model.horizon, abs=0.05)
+
+
+# ------------------------------------------------------------------------------- the learner against a twin
+
+
+def test_outcomes_are_read_from_the_steps_that_followed(monkeypatch):
+    """The learner's bookkeeping against the plain definition: is the next use within the window?"""
+    rng = random.Random(2)
+    learner = demand._Learner(6, 64, 3)
+    seen = []
+    windows = [(0, 4), (0, learner.horizon), (3, 5), (3, 11)]
+    for t in range(300):
+        b = rng.randrange(6)
+        seen.append(b)
+        learner.observe(b)
+        source = t - learner.horizon
+        if source < 0:
+            continue
+        for bucket in range(6):
+            after = seen[source + 1 :]
+            ahead = after.index(bucket) + 1 if bucket in after else 10**6
+            expected = [low < ahead <= high for low, high in windows]
+            assert (learner._outcomes[learner._until[bucket]] > 0.5).tolist() == expected, (t, bucket)
+
+
+def test_a_situation_is_looked_up_once_a_step():
+    """Rows are written with plain indexing, which is right only if no row comes twice."""
+    rng = random.Random(3)
+    learner = demand._Learner(9, 64, 2)
+    for _ in range(200):
+        learner.observe(rng.randrange(9))
+        rows = learner._rows[(learner.t - 1) % learner.horizon]
+        assert np.unique(rows).size == rows.size
+        assert rows.min() >= 0 and rows.max() < len(learner._share)
+
+
+def told(estimates, warm=()):
+    """A learner of as many buckets as there are estimates, shape (m, 4), of which some are warm."""
+    learner = demand._Learner(len(estimates), 64, 8)
+    learner.observe(len(estimates) - 1)  # the last is in use, and its estimates below may say otherwise
+    learner._estimates[0] = estimates
+    learner._ready[list(warm)] = 0
+    return learner
+
+
+def test_a_place_is_worth_the_hits_for_the_steps_it_takes():
+    soon, later, never = [0.5, 0.5, 0, 0], [0, 0.8, 0, 0], [0, 0, 0, 0]
+    chosen, probability = told([later, soon, never], warm=[0, 1]).forecast(2)
+    assert chosen == [1, 0]
+    assert probability == pytest.approx([0.5, 0.8])
+
+
+def test_only_what_is_warm_can_catch_a_use_that_comes_before_a_warm_up():
+    soon, in_time, never = [0.9, 0.9, 0, 0], [0, 0.3, 0.3, 0.3], [0, 0, 0, 0]
+    assert told([soon, in_time, never], warm=[0]).forecast(1)[0] == [0]
+    assert told([soon, in_time, never]).forecast(1)[0] == [1]
+
+
+def test_a_warm_up_goes_on_while_its_bucket_is_named_and_ends_in_warm_steps():
+    learner = told([[0, 0.3, 0.3, 0.3], [0, 0, 0, 0]])
+    for t in range(1, 12):
+        learner._estimates[(learner.t - 1) % learner.horizon] = learner._estimates[0]
+        assert learner.forecast(1)[0] == [0]
+        assert learner._ready[0] == max(1 + learner.warm_steps, t)
+        learner.observe(1)
+
+
+def test_counters_forget_over_a_quarter_of_the_window():
+    learner = demand._Learner(2, 1024, 8)
+    shares = []
+    for b in [0] * 4000 + [1] * 300:
+        learner.observe(b)
+        shares.append(float(learner._share[0, 0]))  # the rate of bucket 0, within 4 steps
+    assert shares[3999] > 0.99
+    assert shares[-1] < 0.5
+
+
+def test_very_many_buckets_take_little_memory():
+    learner = demand._Learner(5000, 1024, 8)
+    for b in (0, 4999, 2500):
+        learner.observe(b)
+    assert learner._share.nbytes < 16e6
+    assert learner._rows.max() < len(learner._share)
+
+
+def test_estimates_stay_numbers_under_any_demand():
+    learner = demand._Learner(40, 1024, 8)
+    for b in [0] * 3000 + [39] * 10 + list(range(40)) * 20:
+        learner.observe(b)
+    assert np.isfinite(learner._weight).all()
+    assert np.isfinite(learner._estimates).all()
+
+
+# ---------------------------------------------------------------------------------------------------- merging
+
+
+def workers(streams, window=12, **options):
+    return [
+        feed(DemandModel(window, clock=ticking(i * 0.37), **options), sizes)
+        for i, sizes in enumerate(streams)
+    ]
+
+
+@given(st.lists(SIZES, min_size=3, max_size=3), st.permutations(range(3)))
+def test_merging_knows_no_order_and_no_grouping(streams, order):
+    a, b, c = workers(streams)
+    merge = DemandModel.merge
+    expected = content(merge([a, b, c]))
+    assert content(merge([merge([a, b]), c])) == expected
+    assert content(merge([a, merge([b, c])])) == expected
+    assert content(merge([(a, b, c)[i] for i in order])) == expected
+
+
+@given(st.lists(SIZES, min_size=1, max_size=4))
+def test_a_merged_window_is_the_newest_of_all(streams):
+    models = workers(streams)
+    merged = DemandModel.merge(models)
+    assert list(merged._seen) == sorted(pair for model in models for pair in model._seen)[-12:]
+    assert sum(merged.histogram()[1].tolist()) == len(merged)
+
+
+def test_merging_leaves_its_parts_as_they_were():
+    models = workers([[3, 5], [700]])
+    before = [content(model) for model in models]
+    merged = feed(DemandModel.merge(models), [9])
+    assert [content(model) for model in models] == before
+    assert merged.histogram()[0].tolist() == [3, 5, 9, 700]
+    assert merged.buckets[-1] == 1024
+
+
+@pytest.mark.parametrize("other", [{"window": 13}, {"warm_steps": 3}, {"buckets": [4, 8]}], ids=str)
+def test_unlike_models_are_not_merged(other):
+    with pytest.raises(ValueError, match="merge"):
+        DemandModel.merge([DemandModel(12), DemandModel(**{"window": 12, **other})])
+    with pytest.raises(ValueError, match="at least one"):
+        DemandModel.merge([])
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+@given(sizes=SIZES, window=st.integers(1, 40), buckets=st.sampled_from([None, (4, 64, 5000)]))
+def test_a_saved_model_comes_back(tmp_path_factory, sizes, window, buckets):
+    path = tmp_path_factory.mktemp("saved") / "demand"  # the name is kept as it is, ".npz" or not
+    model = feed(DemandModel(window, buckets=buckets, warm_steps=3, clock=ticking()), sizes)
+    model.save(path)
+    back = DemandModel.load(path, clock=ticking(1e6))
+    assert content(back) == content(model)
+    assert back.buckets[-1] >= max(sizes[-window:], default=1) or buckets
+    if len(sizes) <= window and buckets:
+        assert back.forecast(3) == model.forecast(3)
+    feed(back, [7])
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "demand.npz"
+    feed(DemandModel(), [3]).save(path)
+    before = path.read_bytes()
+
+    def half(file, **arrays):
+        file.write(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez_compressed", half)
+    with pytest.raises(OSError, match="disk full"):
+        feed(DemandModel(), [4]).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(st.data())
+def test_a_damaged_file_is_refused_or_still_right(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("damaged") / "demand.npz"
+    feed(DemandModel(16, clock=ticking()), [3, 500, 3]).save(path)
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    if data.draw(st.booleans()):
+        whole = whole[:at]
+    else:
+        whole[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(whole)
+    try:
+        model = DemandModel.load(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert list(model.histogram()[0]) == [3, 500]
+
+
+def arrays(**changes):
+    fields = {
+        "format": np.array([1, 8, 2]),
+        "buckets": np.array([], np.int64),
+        "times": np.array([0.0, 1.0]),
+        "sizes": np.array([3, 4]),
+    }
+    return {name: value for name, value in (fields | changes).items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sizes": None},
+        {"sizes": np.array([0, 4])},
+        {"sizes": np.array([3, -4])},
+        {"sizes": np.array([3, 1 << 50])},
+        {"sizes": np.array([3.0, 4.0])},
+        {"sizes": np.array([3])},
+        {"sizes": np.array([[3, 4]])},
+        {"sizes": np.array([3, 4], object)},
+        {"times": np.array([0.0, np.nan])},
+        {"times": np.array([0.0, np.inf])},
+        {"format": np.array([2, 8, 2])},
+        {"format": np.array([1, 0, 2])},
+        {"format": np.array([1, 1, 2])},
+        {"format": np.array([1, 8, 0])},
+        {"format": np.array([1, 8])},
+        {"buckets": np.array([8, 4])},
+        {"buckets": np.array([0])},
+    ],
+    ids=str,
+)
+def test_a_file_of_what_no_model_can_hold_is_refused(tmp_path, changes):
+    path = tmp_path / "demand.npz"
+    np.savez(path, **arrays())
+    assert len(DemandModel.load(path)) == 2
+    np.savez(path, **arrays(**changes))
+    with pytest.raises(ValueError, match=r"demand\.npz"):
+        DemandModel.load(path)
+
+
+class Burglar:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    path, broken_into = tmp_path / "demand.npz", tmp_path / "broken into"
+    np.savez(path, **arrays(sizes=np.array([Burglar(broken_into), 3], object)))
+    with pytest.raises(ValueError, match=r"demand\.npz"):
+        DemandModel.load(path)
+    assert not broken_into.exists()
+
+
+def test_a_file_that_is_not_there_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        DemandModel.load(tmp_path / "none.npz")
+
+
+# ------------------------------------------------------------------------------------------------------- axes
+
+
+def test_axes_are_models_of_their_own(tmp_path):
+    demands = Demands(["tokens", "seqs"], window=32, warm_steps=2, clock=ticking())
+    for seqs in (1, 2, 3):
+        demands.observe(tokens=100 * seqs, seqs=seqs)
+    demands.observe(tokens=7)
+    assert [len(model) for model in demands.values()] == [4, 3]
+    assert {axis: len(found) for axis, found in demands.forecast(2).items()} == {"tokens": 2, "seqs": 2}
+    demands.save(tmp_path / "both.npz")
+    back = Demands.load(tmp_path / "both.npz")
+    assert {a: content(m) for a, m in back.items()} == {a: content(m) for a, m in demands.items()}
+    twice = Demands.merge([demands, back])
+    assert twice["seqs"].histogram()[1].tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match=r"both\.npz"):
+        DemandModel.load(tmp_path / "both.npz")
+
+
+def test_a_step_with_one_bad_axis_is_recorded_in_none():
+    demands = Demands(["tokens", "seqs"])
+    with pytest.raises(ValueError, match="seqs"):
+        demands.observe(tokens=4, seqs=0)
+    with pytest.raises(KeyError, match="pages"):
+        demands.observe(tokens=4, pages=1)
+    assert len(demands["tokens"]) == 0
