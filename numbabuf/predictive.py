@@ -1,0 +1,429 @@
+"""An input manager that watches its own demand: it chooses the sizes worth a graph and has them ready before use.
+
+Puts `demand` (what comes next), `buckets` (which sizes serve it best) and the manager's captures together under
+budgets. A step only appends its size to a deque; models learn, and graphs are captured, in `prewarm` or in a thread
+that calls it. What cannot be prewarmed leaves everything as it was, counted. Nothing but people's tools sits above.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from . import _cuda, buckets
+from .demand import DemandModel
+from .errors import NumbabufError
+from .graph import Step
+from .manager import InputBufferManager
+from .pool import BufferPool
+from .spec import BufferSpec
+from .stats import PredictionStats
+
+__all__ = ["PredictiveBufferManager"]
+
+_log = logging.getLogger("numbabuf")
+
+
+class PredictiveBufferManager(InputBufferManager):
+    """An `InputBufferManager` that plans its own buckets and prewarms graphs and buffers.
+
+    Parameters
+    ----------
+    pool, max_batch_size, max_seq_len
+        As `InputBufferManager`.
+    max_size : int, optional
+        The largest number of tokens that must always have a graph. Default: the largest of `buckets`, else all tokens
+        that the default slots hold.
+    max_graphs : int
+        Most graphs to have captured; also the length of the planned bucket list.
+    window : int
+        Steps that the models remember.
+    prewarm_bytes : int, optional
+        Device bytes that prewarming may take in all, graphs and reserved buffers together, as far as the driver tells
+        them. Default: no limit of its own.
+    prewarm_seconds : float, optional
+        Seconds that one call of `prewarm` may spend on captures; at least one capture is made. Default: no limit.
+    specs : callable, optional
+        ``specs(num_tokens)`` names the buffers that a step of this size leases from the pool, as an iterable of
+        `BufferSpec`; they are reserved for the sizes that are forecast.
+    cost : buckets.Cost, optional
+        What the planned list makes least: padded work by default.
+    demand : DemandModel, optional
+        A model to go on with, for instance one that another worker saved.
+    clock : callable returning float
+        Seconds, for the budgets and the account.
+    **options
+        As `InputBufferManager`; `buckets` are the sizes that `stage_inputs` pads to.
+
+    Notes
+    -----
+    Threads: `prewarm` may run in any thread, `start` runs it in one of its own. Other threads go on stepping: a capture
+    uses its own stream in thread-local mode and holds the manager's lock only to begin and to put the graph in service.
+    While a capture is open, a pool grows in no thread: reserve what steps lease.
+
+    Examples
+    --------
+    >>> manager = PredictiveBufferManager(max_batch_size=1, max_seq_len=64, max_graphs=3)
+    >>> for size in [5, 5, 30] * 40:
+    ...     manager.record_usage(size)
+    >>> manager.plan_buckets(3)
+    (5, 30, 64)
+    >>> sorted(manager.predict_next_sizes(2))
+    [5, 32]
+    >>> manager.close()
+    """
+
+    def __init__(
+        self,
+        pool: BufferPool | None = None,
+        max_batch_size: int = 256,
+        max_seq_len: int = 4096,
+        *,
+        max_size: int | None = None,
+        max_graphs: int = 16,
+        window: int = 1024,
+        prewarm_bytes: int | None = None,
+        prewarm_seconds: float | None = None,
+        specs: Callable[[int], Iterable[BufferSpec]] | None = None,
+        cost: buckets.Cost | None = None,
+        demand: DemandModel | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        **options: Any,
+    ) -> None:
+        super().__init__(pool, max_batch_size, max_seq_len, **options)
+        given = self._bucket_lists.get("tokens")
+        self.max_size = buckets.validate(
+            [max_size if max_size is not None else given[-1] if given else self.max_tokens], self.max_tokens
+        )[0]
+        self.max_graphs = buckets.validate([max_graphs], 1 << 20)[0]
+        for name, budget in (("prewarm_bytes", prewarm_bytes), ("prewarm_seconds", prewarm_seconds)):
+            if budget is not None and not budget >= 0:
+                raise ValueError(f"{name} is {budget!r}: give a number from 0 up, or None for no limit")
+        self._demand = DemandModel(window) if demand is None else demand
+        self._cost = cost or buckets.Cost()
+        self._refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=cost, window=window)
+        self._byte_budget, self._second_budget = prewarm_bytes, prewarm_seconds
+        self._specs = specs
+        self._clock = clock
+        self._recent: deque[int] = deque(maxlen=max(4096, 4 * window))
+        self._learning = threading.Lock()  # one thread learns or prewarms at a time; taken before every other lock
+        self._expected: frozenset[int] = frozenset()  # the sizes last forecast
+        self._made: dict[int, int] = {}  # tokens of a prewarmed graph -> device bytes it took
+        self._hits = self._misses = self._captures = self._failures = self._unused = self._closings = 0
+        self._capture_seconds = self._model_seconds = 0.0
+        self._reserved_bytes = 0
+        self._worker: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self.observer = self._recent.append
+
+    # ---------------------------------------------------------------------------------------------------- demand
+
+    @property
+    def demand(self) -> DemandModel:
+        """The model, with every step so far learned; save it, or merge it with those of other workers."""
+        with self._learning:
+            self._learn()
+            return self._demand
+
+    def adopt(self, demand: DemandModel) -> None:
+        """Go on with `demand` in place of what was learned here: a loaded model, or those of many workers merged.
+
+        Buckets are planned from it too; the sizes planned so far are kept where a new one would not repay its capture.
+
+        Parameters
+        ----------
+        demand : DemandModel
+            From now on the manager's, which observes its steps.
+        """
+        refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=self._cost, window=demand.window)
+        with self._learning:
+            self._learn()
+            refitter.sizes = self._refitter.sizes
+            for _, size in demand._seen:
+                refitter.observe(size)
+            refitter.refit()
+            refitter.refits += self._refitter.refits
+            self._demand, self._refitter = demand, refitter
+
+    def record_usage(self, num_tokens: int) -> None:
+        """Count a step of `num_tokens` that did not run through this manager; its own steps are counted by themselves.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is not a whole number from 1 to the manager's capacity.
+        """
+        self._recent.append(buckets.validate([num_tokens], self.max_tokens)[0])
+
+    def predict_next_sizes(self, n: int = 3) -> list[int]:
+        """Return at most `n` sizes worth having ready for the next steps, the best first."""
+        with self._learning:
+            self._learn()
+            return self._forecast(n)
+
+    def plan_buckets(self, k: int) -> tuple[int, ...]:
+        """Return the `k` sizes that serve the demand so far at the least cost, `max_size` always the last."""
+        with self._learning:
+            self._learn()
+            sizes = buckets.plan(self._demand, k, max_size=self.max_size, cost=self._cost)
+            return tuple(int(size) for size in sizes)
+
+    def _learn(self) -> None:
+        """Feed the steps since the last time to the models."""
+        began = self._clock()
+        recent = self._recent
+        while recent:
+            size = recent.popleft()
+            if size < 1:
+                continue  # a step without tokens asks for nothing
+            if self._expected:
+                known = self._demand.buckets
+                bucket = known[min(int(np.searchsorted(known, size)), len(known) - 1)]
+                if bucket in self._expected:
+                    self._hits += 1
+                else:
+                    self._misses += 1
+            self._demand.observe(size)
+            self._refitter.observe(size)
+        self._model_seconds += self._clock() - began
+
+    def _forecast(self, n: int) -> list[int]:
+        began = self._clock()
+        sizes = [min(int(forecast.size), self.max_tokens) for forecast in self._demand.forecast(n)]
+        self._expected = frozenset(int(size) for size in sizes)
+        self._model_seconds += self._clock() - began
+        return sizes
+
+    # --------------------------------------------------------------------------------------------------- prewarm
+
+    def capture_buckets(
+        self,
+        fn: Callable[[Step], Any],
+        sizes: Iterable[int | Mapping[str, int]] | None = None,
+        *,
+        progress: bool = False,
+    ) -> tuple[dict[str, int], ...]:
+        """As `InputBufferManager.capture_buckets`; without `sizes`, the sizes that the demand so far suggests.
+
+        `prewarm` goes on with the same function.
+        """
+        if sizes is None:
+            with self._learning:
+                self._learn()
+                sizes = [int(size) for size in self._refitter.sizes]
+        return super().capture_buckets(fn, sizes, progress=progress)
+
+    def prewarm(self, fn: Callable[[Step], Any] | None = None) -> tuple[int, ...]:
+        """Have ready what the demand suggests: graphs of the planned sizes, and the buffers of those forecast.
+
+        Parameters
+        ----------
+        fn : callable, optional
+            What to capture; default: the function last given here or to `capture_buckets`. It is not run without a
+            capture first, so its kernels must have been launched once.
+
+        Returns
+        -------
+        captured : tuple of int
+            The sizes captured by this call, in the order of their value.
+
+        Notes
+        -----
+        A graph that fails, or no longer fits a budget, is left out, and counted in `stats()`. A graph that is no longer
+        in the plan is closed, once its last replay is done, when all planned ones are there. Does nothing in a thread
+        that has a capture open.
+        """
+        if threading.get_ident() in _cuda.captures:
+            return ()
+        with self._learning:
+            self._learn()
+            if fn is not None:
+                self._function = fn
+            captured = self._prewarm_graphs()
+            self._prewarm_buffers()
+            return captured
+
+    def _prewarm_graphs(self) -> tuple[int, ...]:
+        fn = self._function
+        if fn is None:
+            return ()
+        with self._lock:
+            self._ready()
+            full = tuple(choices[-1] for choices in self._choices[1:])
+            present = [graph.sizes for graph in self._captured]
+        planned = [int(size) for size in self._refitter.sizes]
+        missing = [size for size in planned if (size, *full) not in present]
+        captured: list[int] = []
+        began = self._clock()
+        for size in self._by_value(missing, [sizes[0] for sizes in present if sizes[1:] == full]):
+            spent = self._clock() - began
+            if captured and self._second_budget is not None and spent >= self._second_budget:
+                break
+            if not self._fits_bytes() or not self._capture_one((size, *full), fn):
+                break
+            captured.append(size)
+            if len(present) + len(captured) > self.max_graphs:
+                self._drop_one(planned, full)  # only now: had the capture failed, it would still be needed
+        self._capture_seconds += self._clock() - began
+        if len(captured) == len(missing):
+            while self._drop_one(planned, full):
+                pass
+        with self._lock:
+            self._reap()
+        return tuple(captured)
+
+    def _by_value(self, missing: list[int], present: list[int]) -> list[int]:
+        """Order sizes by what each saves on top of those before it, the most first; an absent `max_size` leads."""
+        sizes, counts = self._demand.histogram()
+        counts = counts[sizes <= self.max_size]
+        sizes = sizes[sizes <= self.max_size]
+        ready, order, left = sorted(present), [], list(missing)
+        if self.max_size in left:
+            left.remove(self.max_size)
+            order.append(self.max_size)
+            ready.append(self.max_size)
+        while left:
+
+            def price(extra: int) -> float:
+                return float(counts @ self._cost.steps(buckets.padded(sizes, np.array(sorted({*ready, extra})))))
+
+            best = min(left, key=price) if sizes.size else left[-1]
+            left.remove(best)
+            order.append(best)
+            ready.append(best)
+        return order
+
+    def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> bool:
+        """Capture one size and put it in service; False, counted, when that fails."""
+        before = _cuda.memory_info()
+        try:
+            with self._exclusive():
+                with self._lock:
+                    self._ready()
+                    recording = self._recording(sizes)
+                with recording as step:
+                    step.result = fn(step)
+                with self._lock:
+                    self._adopt([recording.captured])
+        except Exception as error:  # degrade to what was there: whatever was wrong, the graphs in service are right
+            self._failures += 1
+            _log.warning("prewarming a graph for %s failed: %s", dict(zip(self._axes, sizes, strict=True)), error)
+            return False
+        after = _cuda.memory_info()
+        self._made[sizes[0]] = max(0, before[0] - after[0]) if before and after else 0
+        self._captures += 1
+        return True
+
+    def _drop_one(self, planned: list[int], full: tuple[int, ...]) -> bool:
+        """Take the least used graph that the plan does not want out of service; False if there is none."""
+        with self._lock:
+            spare = [graph for graph in self._captured if graph.sizes[1:] == full and graph.sizes[0] not in planned]
+            if not spare:
+                return False
+            graph = min(spare, key=lambda graph: graph.steps)
+            self._exchange([graph], [])
+        self._closings += 1
+        self._unused += graph.steps == 0
+        self._made.pop(graph.sizes[0], None)
+        return True
+
+    def _fits_bytes(self) -> bool:
+        """Whether one more graph, as large as the largest so far, stays within the byte budget."""
+        if self._byte_budget is None:
+            return True
+        taken = sum(self._made.values()) + self._reserved_bytes
+        return taken + max(self._made.values(), default=0) <= self._byte_budget
+
+    def _prewarm_buffers(self) -> None:
+        if self._specs is None or not len(self._demand):
+            return
+        room = None if self._byte_budget is None else self._byte_budget - sum(self._made.values())
+        reserved = 0
+        for size in self._forecast(self.max_graphs):
+            specs = list(self._specs(size))
+            nbytes = sum(spec.size_bytes for spec in specs)
+            if room is not None and reserved + nbytes > room:
+                continue
+            try:
+                self._pool.reserve(specs)
+            except (NumbabufError, MemoryError) as error:
+                self._failures += 1
+                _log.warning("prewarming buffers for %d tokens failed: %s", size, error)
+                break
+            reserved += nbytes
+        self._reserved_bytes = reserved
+
+    # ------------------------------------------------------------------------------------------------ background
+
+    def start(self, interval_s: float = 1.0) -> None:
+        """Prewarm in a thread of its own, every `interval_s` seconds, until `stop` or `close`.
+
+        Raises
+        ------
+        ValueError
+            The interval is not a positive number of seconds.
+        """
+        if not interval_s > 0:
+            raise ValueError(f"interval_s is {interval_s!r}: give a positive number of seconds")
+        with self._lock:
+            self._check_open()
+            if self._worker is not None:
+                return
+            self._stopping.clear()
+            self._worker = threading.Thread(
+                target=self._work, args=(float(interval_s),), name="numbabuf-prewarm", daemon=True
+            )
+            self._worker.start()
+
+    def _work(self, interval_s: float) -> None:
+        while not self._stopping.wait(interval_s):
+            try:
+                self.prewarm()
+            except Exception as error:  # closed under the thread, or a device that is gone: the next step says so
+                self._failures += 1
+                _log.warning("prewarming failed: %s", error)
+
+    def stop(self) -> None:
+        """End the background thread and wait for it. Doing it again does nothing."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            self._stopping.set()
+            worker.join()
+
+    def close(self) -> None:
+        """Stop the thread, then as `InputBufferManager.close`."""
+        self.stop()
+        super().close()
+
+    def close_graphs(self) -> None:
+        """As `InputBufferManager.close_graphs`."""
+        super().close_graphs()
+        self._made.clear()
+
+    def prediction(self) -> PredictionStats:
+        """Return one snapshot of how the predictions did."""
+        with self._learning:
+            self._learn()
+            with self._lock:
+                prewarmed = [graph for graph in self._captured if graph.sizes[0] in self._made]
+                return PredictionStats(
+                    hits=self._hits,
+                    misses=self._misses,
+                    unserved=self._overflows,
+                    warmed=self._captures,
+                    warmed_unused=self._unused + sum(graph.steps == 0 for graph in prewarmed),
+                    closed=self._closings,
+                    failures=self._failures,
+                    graph_bytes=sum(self._made.values()),
+                    reserved_bytes=self._reserved_bytes,
+                    padding=self.stats().padding,
+                    refits=self._refitter.refits,
+                    capture_seconds=self._capture_seconds,
+                    model_seconds=self._model_seconds,
+                )

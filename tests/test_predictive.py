@@ -1,0 +1,254 @@
+"""PredictiveBufferManager: plans follow the demand, budgets hold, and no failure costs what was there."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from numbabuf import BufferSpec, PredictiveBufferManager, SimpleBufferPool
+from numbabuf._cuda import cuda, launch_shape
+from numbabuf.demand import DemandModel
+
+CAPACITY = 256
+
+
+@cuda.jit
+def _double(out, ids):
+    for i in range(cuda.grid(1), ids.size, cuda.gridsize(1)):
+        out[i] = 2 * ids[i]
+
+
+class Doubler:
+    """A captured function that can be told to fail, and says which sizes it was captured for."""
+
+    def __init__(self):
+        self.out = cuda.to_device(np.zeros(CAPACITY, np.int64))
+        self.refuse = ()
+        self.sizes = []
+        self.called = threading.Event()
+
+    def __call__(self, step):
+        self.sizes.append(step.bucket["tokens"])
+        if step.bucket["tokens"] in self.refuse:
+            raise RuntimeError("refused")
+        _double[(*launch_shape(1), step.stream)](self.out, step["input_ids"])
+        self.called.set()
+        return self.out
+
+
+@pytest.fixture
+def make():
+    managers = []
+
+    def make(**options):
+        options = {"max_batch_size": 4, "max_seq_len": CAPACITY // 4, "max_graphs": 4} | options
+        managers.append(PredictiveBufferManager(**options))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.close()
+
+
+def run(manager, sizes, seed=0):
+    """Replay a step of each size and compare it with NumPy."""
+    random = np.random.default_rng(seed)
+    for size in sizes:
+        ids = random.integers(0, 1000, size)
+        out = manager.replay({"input_ids": ids}, size)
+        manager.synchronize()
+        np.testing.assert_array_equal(out.copy_to_host()[:size], 2 * ids)
+
+
+def in_service(manager):
+    return [graph.sizes[0] for graph in manager._captured]
+
+
+def test_the_plan_serves_what_was_recorded_and_always_the_largest(make):
+    manager = make()
+    for size in [5, 5, 30] * 50:
+        manager.record_usage(size)
+    assert manager.plan_buckets(3) == (5, 30, CAPACITY)
+    forecast = manager.predict_next_sizes(2)
+    assert len(forecast) == 2 and any(5 <= size < 8 for size in forecast)
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, float("nan"), True, None, "3", CAPACITY + 1, 1 << 70])
+def test_record_usage_refuses_what_is_no_size(make, bad):
+    manager = make()
+    with pytest.raises((TypeError, ValueError)):
+        manager.record_usage(bad)
+    assert len(manager.demand) == 0
+
+
+@pytest.mark.parametrize("bad", [{"max_size": 0}, {"max_size": CAPACITY + 1}, {"max_graphs": 0},
+                                 {"prewarm_bytes": -1}, {"prewarm_seconds": float("nan")}])  # fmt: skip
+def test_bad_budgets_are_refused(make, bad):
+    with pytest.raises((TypeError, ValueError)):
+        make(**bad)
+
+
+def test_own_steps_are_counted_and_not_learned_on_the_hot_path(make, monkeypatch):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    with monkeypatch.context() as patch:
+        patch.setattr(DemandModel, "observe", lambda *_: pytest.fail("a step fed the model"))
+        run(manager, [7, 7, 9])
+    assert len(manager.demand) == 3
+    assert dict(zip(*map(np.ndarray.tolist, manager.demand.histogram()), strict=True)) == {7: 2, 9: 1}
+
+
+def test_capture_buckets_without_sizes_takes_the_plan(make):
+    manager, fn = make(), Doubler()
+    for size in [3, 3, 17] * 40:
+        manager.record_usage(size)
+    captured = [sizes["tokens"] for sizes in manager.capture_buckets(fn)]
+    assert captured == in_service(manager) and {3, 17, CAPACITY} <= set(captured) and len(captured) <= 4
+
+
+def test_prewarm_follows_the_demand_and_results_stay_right(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    run(manager, [3, 5, 40] * 40)
+    assert set(manager.prewarm()) <= {3, 5, 40} and {3, 5, 40} <= set(in_service(manager))
+    assert CAPACITY in in_service(manager)
+    before = manager.stats().padded_tokens
+    run(manager, [3, 5, 40] * 5, seed=1)
+    assert manager.stats().padded_tokens - before == 5 * 48, "each step ran in a graph of its own size"
+    run(manager, [100, 120, 7] * 150, seed=2)
+    manager.prewarm()
+    assert {7, 120} <= set(in_service(manager)) and len(in_service(manager)) <= 4
+    run(manager, [1, 7, 100, 120, 200, 256], seed=3)
+    score = manager.prediction()
+    assert score.closed >= 3 and score.warmed >= 4 and score.failures == 0 and score.refits >= 2
+    assert score.capture_seconds > 0 and score.model_seconds > 0
+    manager.check()
+
+
+def test_prewarm_without_a_function_or_inside_a_capture_does_nothing(make):
+    manager, fn = make(), Doubler()
+    assert manager.prewarm() == () and in_service(manager) == []
+    manager.stage_inputs({}, 1)
+    fn.out = manager.get_slot("positions").array  # compiled below; what it writes to does not matter here
+    _double[(*launch_shape(1), manager.stream)](fn.out, manager.get_slot("input_ids").array)
+    with manager.capture(8) as step:
+        assert manager.prewarm(fn) == ()
+        fn(step)
+    assert in_service(manager) == [8]
+
+
+def test_never_more_graphs_than_the_budget_and_the_largest_always(make):
+    manager, fn = make(max_graphs=3), Doubler()
+    manager.capture_buckets(fn)
+    random = np.random.default_rng(1)
+    for phase in range(4):
+        run(manager, random.integers(1 + 50 * phase, 50 + 50 * phase, 60).tolist(), seed=phase)
+        manager.prewarm()
+        assert len(in_service(manager)) <= 3 and in_service(manager)[-1] == CAPACITY
+
+
+def test_a_capture_that_fails_leaves_the_graphs_in_service(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    there = in_service(manager)
+    run(manager, [3, 5, 40] * 40)
+    fn.refuse = (3, 5, 40)
+    assert manager.prewarm() == () and in_service(manager) == there
+    assert manager.prediction().failures == 1
+    run(manager, [3, 5, 40], seed=1)
+    fn.refuse = ()
+    assert manager.prewarm() and manager.prediction().failures == 1
+    run(manager, [3, 5, 40], seed=2)
+
+
+def test_the_time_budget_spreads_captures_over_calls(make):
+    now = iter(range(1, 100_000))
+    manager, fn = make(prewarm_seconds=0, clock=lambda: float(next(now))), Doubler()
+    manager.capture_buckets(fn)
+    run(manager, [3, 5, 40] * 40)
+    calls = [manager.prewarm() for _ in range(3)]
+    assert all(len(captured) == 1 for captured in calls)
+    assert {size for captured in calls for size in captured} == {3, 5, 40}
+    assert calls[0] == (40,), "the size that saves the most padding comes first"
+
+
+def test_buffers_are_reserved_for_the_forecast_within_the_byte_budget(make):
+    with SimpleBufferPool() as pool:
+        manager = make(pool=pool, specs=lambda n: [BufferSpec(n, "float64")], prewarm_bytes=8 * 40)
+        for size in [8, 32] * 100:
+            manager.record_usage(size)
+        manager.prewarm()
+        reserved = manager.prediction().reserved_bytes
+        assert 0 < reserved <= 8 * 40
+        misses = pool.stats().misses
+        with pool.allocate(BufferSpec(32, "float64")):
+            assert pool.stats().misses == misses, "the buffer was ready"
+        manager.close()
+
+
+def test_a_pool_without_room_is_a_counted_failure(make):
+    with SimpleBufferPool(max_bytes=1 << 16) as pool:
+        manager, fn = make(pool=pool, specs=lambda n: [BufferSpec(1 << 20)]), Doubler()
+        manager.capture_buckets(fn)
+        run(manager, [3] * 40)
+        manager.prewarm()
+        score = manager.prediction()
+        assert score.failures == 1 and score.reserved_bytes == 0
+        run(manager, [3, 9], seed=1)
+        manager.close()
+
+
+def test_forecasts_are_scored(make):
+    manager = make()
+    for size in [8] * 200:
+        manager.record_usage(size)
+    manager.predict_next_sizes(1)
+    for size in [8, 8, 8, 100]:
+        manager.record_usage(size)
+    score = manager.prediction()
+    assert (score.hits, score.misses) == (3, 1)
+
+
+def test_a_step_without_tokens_is_no_demand(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    manager.replay({}, 0)
+    assert len(manager.demand) == 0
+
+
+def test_the_background_thread_prewarms_while_steps_run_and_ends(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    run(manager, [3, 5, 40] * 40)
+    fn.called.clear()
+    manager.start(1e-3)
+    manager.start(1e-3)
+    workers = [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
+    assert len(workers) == 1
+    run(manager, [3, 5, 40, 200] * 10, seed=1)
+    assert fn.called.wait(60)
+    manager.stop()
+    manager.stop()
+    assert not workers[0].is_alive()
+    assert manager.prediction().warmed >= 1 and manager.prediction().failures == 0
+    run(manager, [3, 5, 40], seed=2)
+    manager.check()
+
+
+def test_close_ends_the_thread(make):
+    manager = make()
+    manager.start(60)
+    (worker,) = [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
+    manager.close()
+    assert not worker.is_alive()
+    with pytest.raises(ValueError, match="positive"):
+        make().start(0)
+
+
+def test_an_earlier_model_is_gone_on_with(make, tmp_path):
+    first = make()
+    for size in [5, 60] * 100:
+        first.record_usage(size)
+    first.demand.save(tmp_path / "demand.npz")
+    second = make(demand=DemandModel.load(tmp_path / "demand.npz"))
+    assert second.plan_buckets(3) == first.plan_buckets(3) == (5, 60, CAPACITY)
