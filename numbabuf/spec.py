@@ -129,7 +129,7 @@ class BufferSpec:
         put(self, "size_bytes", nbytes)
         put(self, "_hash", hash((shape, resolved, tier)))
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any = None) -> None:
         raise AttributeError(f"BufferSpec is frozen: make a new one instead of setting {name}")
 
     __delattr__ = __setattr__  # type: ignore[assignment]

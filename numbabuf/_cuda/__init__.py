@@ -54,10 +54,12 @@ __all__ = [
     "device_id",
     "device_name",
     "device_view",
+    "dlpack_exporter",
     "empty_device",
     "empty_managed",
     "empty_pinned",
     "flush_pending_frees",
+    "from_dlpack",
     "host_view",
     "is_capture_error",
     "is_out_of_memory",
@@ -165,6 +167,35 @@ def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype)
 def host_view(base: np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return a typed NumPy view over pinned or managed `base` from byte `offset`, keeping it alive."""
     return np.ndarray(shape, dtype, buffer=np.ndarray.view(base, np.ndarray), offset=offset)
+
+
+def dlpack_exporter(array: Any, start: int, owner: Any) -> Any:
+    """Return what offers `array` to other libraries: an object with ``__dlpack__`` and ``__dlpack_device__``.
+
+    Parameters
+    ----------
+    array
+        A contiguous array of this backend. NumPy arrays are offered as memory of the CPU, and so is all in the
+        simulator; device arrays as memory of their device. bfloat16, which neither NumPy nor cuda.core exports,
+        goes as uint16.
+    start
+        Address of its first byte, which an array without elements does not know itself.
+    owner
+        Kept alive by every tensor made of it.
+    """
+    return _impl.dlpack_exporter(array, start, owner)
+
+
+def from_dlpack(tensor: Any, stream: Any) -> Any:
+    """Return a device array over the memory of `tensor`, which it keeps alive; `stream` is a `Stream` or None.
+
+    Raises
+    ------
+    BufferError
+        The memory is none that kernels of this backend can reach.
+    """
+    require()
+    return _impl.from_dlpack(tensor, stream)
 
 
 def memory_info() -> tuple[int, int] | None:

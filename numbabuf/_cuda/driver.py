@@ -13,6 +13,7 @@ import numpy as np
 from numba import cuda
 
 from ..errors import CaptureError
+from .exchange import host_exporter
 from .operands import kept
 
 
@@ -53,6 +54,42 @@ def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype)
         "version": 3,
     }
     return cuda.from_cuda_array_interface(interface, owner=base)
+
+
+def dlpack_exporter(array: Any, start: int, owner: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        return host_exporter(array, owner)
+    from cuda.core import Buffer
+    from cuda.core.utils import StridedMemoryView
+
+    buffer = Buffer.from_handle(start, array.nbytes, owner=owner)
+    return StridedMemoryView.from_buffer(buffer, tuple(array.shape), dtype=array.dtype)
+
+
+REACHABLE = {2: "CUDA", 3: "CUDA pinned", 13: "CUDA managed"}
+"""The memory that kernels reach, by DLPack's DLDeviceType."""
+
+
+def from_dlpack(tensor: Any, stream: Any) -> Any:
+    from cuda.core.utils import StridedMemoryView
+
+    kind = int(tensor.__dlpack_device__()[0])
+    if kind not in REACHABLE:
+        raise BufferError(
+            f"a tensor in memory of DLPack device type {kind} was given; kernels reach {', '.join(REACHABLE.values())} "
+            f"({', '.join(map(str, REACHABLE))}): copy it to the GPU first"
+        )
+    # In DLPack -1 asks for no order, and the default stream's handle, 0, is written 1.
+    view = StridedMemoryView.from_dlpack(tensor, -1 if stream is None else stream.handle or 1)
+    dtype = np.dtype(view.dtype)
+    interface = {
+        "shape": tuple(view.shape),
+        "strides": None if view.strides is None else tuple(n * dtype.itemsize for n in view.strides),
+        "data": (int(view.ptr), bool(view.readonly)),
+        "typestr": "<u2" if dtype.name == "bfloat16" else dtype.str,
+        "version": 3,
+    }
+    return cuda.from_cuda_array_interface(interface, owner=view)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -291,12 +328,16 @@ class Capture:
             captures.pop(threading.get_ident(), None)
             if not captures:
                 _unhook()
-        if self._builder is not None:
-            self._builder.close()
-            self._builder = None
-        if self._deferral is not None:
-            self._deferral.__exit__(None, None, None)
-            self._deferral = None
+        builder, self._builder = self._builder, None
+        deferral, self._deferral = self._deferral, None
+        try:
+            if builder is not None:
+                builder.close()
+        except Exception:  # an invalidated capture reports itself once more
+            pass
+        finally:
+            if deferral is not None:
+                deferral.__exit__(None, None, None)
 
     def keep(self, operand: Any) -> None:
         """Keep `operand` alive as long as the graph."""

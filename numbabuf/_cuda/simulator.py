@@ -16,6 +16,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from numba.cuda.simulator.kernel import FakeCUDAKernel
 
 from ..errors import CaptureError
+from .exchange import host_exporter
 from .operands import kept
 
 _lock = threading.RLock()
@@ -50,6 +51,20 @@ def address(array: Any) -> int:
 
 def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     return FakeCUDAArray(np.ndarray(shape, dtype, buffer=_host(base), offset=offset))
+
+
+def dlpack_exporter(array: Any, start: int, owner: Any) -> np.ndarray:
+    return host_exporter(_host(array), owner)
+
+
+def from_dlpack(tensor: Any, stream: Any) -> Any:
+    kind = int(tensor.__dlpack_device__()[0])
+    if kind not in (1, 3):
+        raise BufferError(
+            f"a tensor in memory of DLPack device type {kind} was given; the simulator's device is the CPU (1, 3): "
+            "give a tensor of the CPU, or run without NUMBA_ENABLE_CUDASIM"
+        )
+    return FakeCUDAArray(np.from_dlpack(tensor))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

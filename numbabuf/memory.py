@@ -1,0 +1,322 @@
+"""Raw blocks of memory, one driver allocation each, and the account of bytes with its limits.
+
+A block is plain bytes; typed arrays are views over it, made once per spec. It also carries what the pool must know to
+hand it on: who may still use it, and whether a live graph does. Knows no pool. Sits above `_cuda`, below `entry`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from . import _cuda
+from .errors import TierFullError
+from .spec import BufferSpec, Tier
+
+__all__ = ["EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "same_stream", "size_class"]
+
+EXACT_ABOVE = 16 << 20
+"""Requests above this many bytes are not rounded up."""
+
+_MAX_VIEWS = 16
+"""Typed views remembered per block; a block that serves more specs than this forgets them all and begins anew."""
+
+
+def size_class(nbytes: int) -> int:
+    """Return `nbytes` rounded up to its size class: eight classes per power of two, exact above 16 MiB.
+
+    The waste stays below an eighth of the request: the step between classes is an eighth of the power of two below it.
+
+    Examples
+    --------
+    >>> size_class(1000), size_class(1025), size_class(16 << 20), size_class((16 << 20) + 1)
+    (1024, 1152, 16777216, 16777217)
+    """
+    if nbytes > EXACT_ABOVE:
+        return nbytes
+    step = 1 << max(0, (nbytes - 1).bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+class Pin:
+    """What a graph holds on to while it reads or writes a block; the block cannot be recycled before it is gone."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Block:
+    """One raw allocation in one tier, and what is known of its use.
+
+    Attributes
+    ----------
+    tier : Tier
+    nbytes : int
+        Capacity. A block made for a zero-byte spec has one byte.
+    base, address
+        The raw uint8 array and the address of its first byte.
+    spec : BufferSpec
+        What the block is, or was last, leased as.
+    array
+        The typed view for `spec`.
+    home
+        Puts the block's ticket on the shelf of `spec`: the append method of that shelf.
+    plain : bool
+        Whether a release may put the block straight back: nothing is known but "leased by one owner, no queued work".
+    generation : int
+        Number of leases so far. Only the leaseholder writes it.
+    clean_at : int
+        The generation after which the block was last known to have no queued work; see `clean`.
+    users : tuple of streams
+        Streams with queued work on the block, besides the releasing one.
+    events : list of (stream, event)
+        Marks after which the block is done, one per stream that used the last lease.
+    pool
+        A function that returns the pool, or None when that is gone.
+    site : str
+        Where it was leased last, in debug mode.
+    """
+
+    __slots__ = (
+        "__weakref__", "address", "array", "base", "clean_at", "device_views", "events", "generation", "home", "nbytes",
+        "pin", "plain", "pool", "site", "spec", "tier", "users", "views",
+    )  # fmt: skip
+
+    home: Any
+
+    def __init__(self, spec: BufferSpec, nbytes: int) -> None:
+        self.tier = spec.tier
+        self.nbytes = nbytes
+        # One driver allocation, by the door's own functions: looked up here, so that a test may replace them.
+        make = {
+            Tier.DEVICE: _cuda.empty_device,
+            Tier.MANAGED: _cuda.empty_managed,
+            Tier.PINNED: _cuda.empty_pinned,
+        }[spec.tier]
+        self.base = make(nbytes)
+        self.address = _cuda.address(self.base)
+        self.views: dict[BufferSpec, Any] = {}
+        self.device_views: dict[BufferSpec, Any] = {}
+        self.generation = 0
+        self.clean_at = 0
+        self.users: tuple[Any, ...] = ()
+        self.events: list[tuple[Any, Any]] = []
+        self.pin: weakref.ref[Pin] | None = None
+        self.plain = True
+        self.pool: Any = None
+        self.site = ""
+        self.become(spec)
+        _register(self)
+
+    def become(self, spec: BufferSpec) -> None:
+        """Take the shape and type of `spec`, whose bytes fit."""
+        array = self.views.get(spec)
+        if array is None:
+            if len(self.views) >= _MAX_VIEWS:
+                self.views.clear()
+            view = _cuda.device_view if spec.tier is Tier.DEVICE else _cuda.host_view
+            array = self.views[spec] = view(self.base, 0, spec.shape, spec.dtype)
+        self.spec = spec
+        self.array = array
+
+    def device_view(self) -> Any:
+        """Return the typed view that kernels take, made at its first use."""
+        spec = self.spec
+        if spec.tier is Tier.DEVICE:
+            return self.array
+        view = self.device_views.get(spec)
+        if view is None:
+            if len(self.device_views) >= _MAX_VIEWS:
+                self.device_views.clear()
+            view = self.device_views[spec] = _cuda.device_view(self.base, 0, spec.shape, spec.dtype)
+        return view
+
+    def add_user(self, stream: Any) -> None:
+        """Count `stream` among those with queued work on the block.
+
+        Device memory that was leased without a stream is used on the default stream already, which then needs a mark
+        of its own, too.
+        """
+        self.plain = False
+        users = self.users
+        if not users and self.tier is Tier.DEVICE:
+            users = (_cuda.as_stream(0),)
+        if not any(same_stream(stream, user) for user in users):
+            users = (*users, stream)
+        self.users = users
+
+    @property
+    def clean(self) -> bool:
+        """Whether an idle block has no queued work, so that any stream may have it without a wait."""
+        return self.clean_at == self.generation
+
+    @property
+    def pinned_by_graph(self) -> bool:
+        """Whether a graph that is alive, or a capture that is open, reads or writes the block."""
+        return self.pin is not None and self.pin() is not None
+
+    def __repr__(self) -> str:
+        return f"<Block {self.nbytes} bytes {self.tier.value} at {self.address:#x}, {self.spec}>"
+
+
+def same_stream(one: Any, other: Any) -> bool:
+    """Return whether two `_cuda.Stream` are one stream.
+
+    A handle alone proves nothing: the driver gives a destroyed stream's handle to the next one. The default stream
+    is never destroyed.
+    """
+    if one is other or one.core is other.core or one.handle == other.handle == 0:
+        return True
+    owner = getattr(one.numba, "owner", None)
+    return one.handle == other.handle and owner is not None and owner is getattr(other.numba, "owner", None)
+
+
+class Ticket:
+    """The right to a block; there is one per block, held by a shelf of the pool or by the one who leased it.
+
+    The pool keeps no other reference to a ticket in somebody's hands, so a ticket that dies there was lost.
+    """
+
+    __slots__ = ("_token", "block")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._token = np.empty(0, np.uint8)  # what `Alarm` watches
+
+
+class Alarm(weakref.ref):  # type: ignore[type-arg]
+    """Goes off when a ticket dies: its owner was dropped without a release.
+
+    All it does is to append itself to a deque, in C. That takes no lock, as it must not: the collector may come in the
+    middle of any call, one that holds the pool's lock included, in the same thread.
+
+    A finaliser of the ticket would not do. In a dead cycle the collector runs all finalisers before it drops anything:
+    the ticket's, too, where another finaliser of that cycle is about to release the entry, or has just released it, so
+    that the ticket is on its shelf, or leased anew. A NumPy array is none of the collector's business; it dies with
+    the last reference to it, and only then.
+    """
+
+    __slots__ = ("block",)
+
+    block: Block
+
+    @classmethod
+    def watch(cls, ticket: Ticket, off: Any) -> Alarm:
+        """Have `off` called with the alarm when `ticket` dies, as long as the alarm is kept."""
+        alarm = cls(ticket._token, off)
+        alarm.block = ticket.block
+        return alarm
+
+
+class Ledger:
+    """Bytes reserved by tier, within limits. The caller holds a lock; nothing here calls the driver.
+
+    Parameters
+    ----------
+    max_bytes
+        Limit of device and managed memory together (managed pages take room on the card too), or None.
+    max_pinned_bytes
+        Limit of pinned memory, or None.
+    """
+
+    def __init__(self, max_bytes: int | None, max_pinned_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self.max_pinned_bytes = max_pinned_bytes
+        self.reserved = dict.fromkeys(Tier, 0)
+        """Bytes that the driver has given."""
+        self.promised = dict.fromkeys(Tier, 0)
+        """Bytes that the driver is being asked for; they count against the limit too."""
+        self.total = 0
+        """Sum of `reserved`."""
+        self.peak = 0
+
+    def limit(self, tier: Tier) -> int | None:
+        """Return the limit that `tier` counts against."""
+        return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
+
+    def room(self, tier: Tier) -> int | None:
+        """Return the bytes that may still be asked for, None where there is no limit."""
+        limit = self.limit(tier)
+        if limit is None:
+            return None
+        sharing = (tier,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
+        return limit - sum(self.reserved[each] + self.promised[each] for each in sharing)
+
+    def promise(self, tier: Tier, nbytes: int) -> None:
+        """Set `nbytes` aside before the driver is asked; raise TierFullError, with nothing changed, without room."""
+        room = self.room(tier)
+        if room is not None and nbytes > room:
+            raise TierFullError(f"{nbytes} bytes of {tier.value} memory do not fit the limit of {self.limit(tier)}")
+        self.promised[tier] += nbytes
+
+    def withdraw(self, tier: Tier, nbytes: int) -> None:
+        """Take a promise back: the driver refused."""
+        self.promised[tier] -= nbytes
+
+    def keep(self, tier: Tier, nbytes: int) -> None:
+        """Turn a promise into bytes reserved: the driver gave them."""
+        self.promised[tier] -= nbytes
+        self.reserved[tier] += nbytes
+        self.total += nbytes
+        self.peak = max(self.peak, self.total)
+
+    def give_back(self, tier: Tier, nbytes: int) -> None:
+        """Count bytes as returned to the driver."""
+        self.reserved[tier] -= nbytes
+        self.total -= nbytes
+
+
+# ------------------------------------------------------------------------------------------------- who is under a graph
+
+_registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
+_registry_lock = threading.RLock()
+_sorted: list[int] | None = None  # the addresses in order; None after a change
+
+
+def _register(block: Block) -> None:
+    global _sorted
+    with _registry_lock:
+        _registry[block.address] = block
+        _sorted = None
+
+
+def _blocks_of(operand: Any) -> Iterator[Block]:
+    """Yield the blocks that an operand of a capture lies in; the operand is an array or a tuple of arguments."""
+    global _sorted
+    if isinstance(operand, (tuple, list)):
+        for part in operand:
+            yield from _blocks_of(part)
+        return
+    if hasattr(type(operand), "address"):  # a BufferEntry
+        address = operand.address
+    elif hasattr(operand, "__cuda_array_interface__") or hasattr(operand, "__array_interface__"):
+        address = _cuda.address(operand)
+    else:
+        return
+    with _registry_lock:
+        if _sorted is None:
+            _sorted = sorted(_registry.keys())
+        place = bisect_right(_sorted, address)
+        block = _registry.get(_sorted[place - 1]) if place else None
+    if block is not None and address < block.address + block.nbytes:
+        yield block
+
+
+def _pin_operand(operand: Any) -> list[Pin]:
+    """Pin the blocks under an operand; a graph keeps the pins, and with them the blocks, until it is closed."""
+    pins = []
+    for block in _blocks_of(operand):
+        pin = block.pin() if block.pin is not None else None
+        if pin is None:
+            pin = Pin()
+            block.pin = weakref.ref(pin)
+        block.plain = False  # from here on a release takes the way that looks at the pin
+        pins.append(pin)
+    return pins
+
+
+_cuda.watch_operands(_pin_operand)

@@ -1,0 +1,187 @@
+"""Blocks, size classes, tickets and the byte account."""
+
+import gc
+import threading
+import weakref
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from numbabuf import _cuda, memory
+from numbabuf.errors import TierFullError
+from numbabuf.memory import EXACT_ABOVE, Alarm, Block, Ledger, Ticket, size_class
+from numbabuf.spec import BufferSpec, Tier
+
+
+@given(st.integers(1, EXACT_ABOVE))
+def test_a_class_wastes_at_most_an_eighth_and_is_its_own(nbytes):
+    rounded = size_class(nbytes)
+    assert nbytes <= rounded and (rounded - nbytes) * 8 <= nbytes
+    assert size_class(rounded) == rounded
+
+
+@given(st.integers(1, EXACT_ABOVE - 1))
+def test_classes_grow_with_the_request(nbytes):
+    assert size_class(nbytes) <= size_class(nbytes + 1)
+
+
+def test_there_are_eight_classes_per_power_of_two():
+    for power in range(4, 24):
+        assert len({size_class(n) for n in range((1 << power) + 1, (2 << power) + 1, 1 << max(0, power - 8))}) == 8
+
+
+@given(st.integers(EXACT_ABOVE + 1, 1 << 60))
+def test_large_requests_are_exact(nbytes):
+    assert size_class(nbytes) == nbytes
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_block_is_bytes_with_typed_views(tier):
+    block = Block(BufferSpec((4, 2), "float64", tier), 100)
+    assert (block.tier, block.nbytes, block.generation) == (tier, 100, 0)
+    assert block.address == _cuda.address(block.base) == _cuda.address(block.array)
+    first = block.array
+    block.become(BufferSpec(25, "float32", tier))
+    assert block.array.shape == (25,) and block.array.dtype == np.float32
+    assert block.device_view() is block.device_view()
+    assert block.device_view().shape == (25,)
+    block.become(BufferSpec((4, 2), "float64", tier))
+    assert block.array is first
+    assert "100 bytes" in repr(block)
+
+
+def test_the_views_of_a_block_keep_its_memory():
+    block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
+    base = weakref.ref(block.base)
+    array = block.array
+    del block
+    gc.collect()
+    assert base() is not None
+    array[:] = 3
+    del array
+    gc.collect()
+    assert base() is None
+
+
+def test_a_lost_ticket_raises_the_alarm_once_and_only_when_it_is_gone():
+    block = Block(BufferSpec(8, "uint8", Tier.PINNED), 8)
+    lost = []
+    ticket = Ticket(block)
+    alarm = Alarm.watch(ticket, lost.append)
+    kept = [ticket]
+    del ticket
+    assert not lost
+    kept.clear()
+    assert lost == [alarm] and lost[0].block is block
+
+
+def test_an_alarm_that_nobody_keeps_is_silent():
+    block = Block(BufferSpec(8, "uint8", Tier.PINNED), 8)
+    lost = []
+    ticket = Ticket(block)
+    alarm = Alarm.watch(ticket, lost.append)
+    del alarm
+    del ticket
+    assert not lost
+
+
+def test_a_finaliser_in_the_same_dead_cycle_may_still_save_the_ticket():
+    """The collector finalises a whole cycle before it drops any of it, in no order to rely on."""
+    saved, lost = [], []
+
+    class Owner:
+        def __init__(self, ticket):
+            self.ticket, self.me = ticket, self
+
+        def __del__(self):
+            saved.append(self.ticket)
+
+    alarms = []
+    for _ in range(20):
+        ticket = Ticket(Block(BufferSpec(8, "uint8", Tier.PINNED), 8))
+        alarms.append(Alarm.watch(ticket, lost.append))
+        Owner(ticket)
+    del ticket
+    gc.collect()
+    assert len(saved) == 20 and not lost
+    saved.clear()
+    assert len(lost) == 20
+
+
+def test_what_the_alarm_watches_is_none_of_the_collectors_business():
+    assert not gc.is_tracked(Ticket(Block(BufferSpec(1, "uint8", Tier.PINNED), 1))._token)
+
+
+# -------------------------------------------------------------------------------------------------------- the account
+
+
+def test_a_promise_counts_against_the_limit_and_is_kept_or_withdrawn():
+    ledger = Ledger(100, 50)
+    ledger.promise(Tier.DEVICE, 60)
+    assert ledger.room(Tier.DEVICE) == ledger.room(Tier.MANAGED) == 40
+    with pytest.raises(TierFullError, match="41 bytes of managed"):
+        ledger.promise(Tier.MANAGED, 41)
+    ledger.promise(Tier.MANAGED, 40)
+    ledger.promise(Tier.PINNED, 50)
+    assert [ledger.room(tier) for tier in Tier] == [0, 0, 0]
+    ledger.withdraw(Tier.MANAGED, 40)
+    ledger.keep(Tier.DEVICE, 60)
+    ledger.keep(Tier.PINNED, 50)
+    assert (ledger.total, ledger.peak, ledger.room(Tier.DEVICE)) == (110, 110, 40)
+    ledger.give_back(Tier.DEVICE, 60)
+    assert (ledger.total, ledger.peak, ledger.room(Tier.DEVICE)) == (50, 110, 100)
+    assert ledger.promised == dict.fromkeys(Tier, 0)
+
+
+def test_without_limits_there_is_always_room():
+    ledger = Ledger(None, None)
+    ledger.promise(Tier.PINNED, 1 << 60)
+    assert [ledger.room(tier) for tier in Tier] == [None] * 3
+
+
+# ------------------------------------------------------------------------------------------------- who is under a graph
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+def test_an_operand_pins_the_block_it_lies_in(tier):
+    blocks = [Block(BufferSpec(64, "uint8", tier), 64) for _ in range(5)]
+    nested = (3, [blocks[2].device_view()[60:], None], "text", blocks[4].device_view())
+    pins = memory._pin_operand(nested)
+    assert [block.pinned_by_graph for block in blocks] == [False, False, True, False, True]
+    assert [block.plain for block in blocks] == [True, True, False, True, False]
+    again = memory._pin_operand(blocks[2].array)
+    assert again == [pins[0]]
+    del again, pins
+    assert not any(block.pinned_by_graph for block in blocks)
+
+
+def test_foreign_arrays_pin_nothing():
+    block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
+    assert memory._pin_operand((np.zeros(4), _cuda.empty_device(16), object(), 7)) == []
+    assert not block.pinned_by_graph
+
+
+def test_dead_blocks_are_forgotten():
+    block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
+    array, address = block.array, block.address
+    memory._pin_operand(array)
+    assert address in memory._registry
+    del block
+    assert address not in memory._registry
+    assert memory._pin_operand(array) == []
+
+
+def test_blocks_made_by_many_threads_are_all_known():
+    blocks = []
+
+    def make():
+        blocks.extend(Block(BufferSpec(16, "uint8", Tier.PINNED), 16) for _ in range(100))
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(memory._pin_operand(block.array)) == 1 for block in blocks)

@@ -1,0 +1,259 @@
+"""SimpleBufferPool against a dictionary, and against CuPy's own pinned pool where that is installed."""
+
+import itertools
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from numbabuf.errors import StaleBufferError, TierFullError
+from numbabuf.memory import size_class
+from numbabuf.pool import SimpleBufferPool
+from numbabuf.spec import BufferSpec, Tier
+
+LIMIT = 12_000
+SPECS = [BufferSpec(size, "uint8", Tier.PINNED) for size in (0, 1, 900, 1000, 1024, 1025, 4096, 12_001)]
+SPECS += [BufferSpec((25, 10), "float32", Tier.PINNED)]
+specs = st.sampled_from(SPECS)
+
+
+def bytes_of(spec):
+    return max(1, spec.size_bytes)
+
+
+class PoolAgainstDictionary(RuleBasedStateMachine):
+    """The model: address -> (capacity, spec), and per spec the idle addresses, newest last."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = SimpleBufferPool(max_pinned_bytes=LIMIT)
+        self.blocks = {}  # address -> capacity
+        self.idle = {}  # spec -> addresses, newest last
+        self.live = []  # (entry, address, mark)
+        self.dead = []
+        self.marks = itertools.cycle(range(1, 251))
+        self.counts = {"exact_hits": 0, "class_hits": 0, "misses": 0, "lost": 0}
+        self.scope = None
+
+    def idle_addresses(self):
+        return {address for addresses in self.idle.values() for address in addresses}
+
+    def class_mates(self, spec):
+        """Idle blocks that a spec may have without being of it."""
+        key = size_class(bytes_of(spec))
+        return [
+            addresses[-1] for other, addresses in self.idle.items()
+            if addresses and other != spec and size_class(bytes_of(other)) == key
+            and self.blocks[addresses[-1]] >= spec.size_bytes
+        ]  # fmt: skip
+
+    @rule(spec=specs)
+    def allocate(self, spec):
+        idle = self.idle.get(spec)
+        mates = self.class_mates(spec)
+        exact = [address for address in (idle or [])[-1:] if self.blocks[address] >= spec.size_bytes]
+        held = sum(self.blocks.values()) - sum(self.blocks[address] for address in self.idle_addresses())
+        if not exact and not mates and held + bytes_of(spec) > LIMIT:
+            with pytest.raises(TierFullError):
+                self.pool.allocate(spec)
+            self.forget_idle()  # the ladder has trimmed: what is idle now is the pool's to say
+            return
+        entry = self.pool.allocate(spec)
+        address = entry.address
+        if exact:
+            assert address == idle.pop()
+            self.counts["exact_hits"] += 1
+        elif mates:
+            assert address in mates
+            self.take(address)
+            self.counts["class_hits"] += 1
+        else:
+            self.counts["misses"] += 1
+            self.forget_idle()
+            assert address not in self.blocks
+            self.blocks[address] = entry._held[0].block.nbytes
+            assert bytes_of(spec) <= self.blocks[address] <= size_class(bytes_of(spec))
+        mark = next(self.marks)
+        entry.array.fill(mark)
+        self.live.append((entry, address, mark))
+
+    def take(self, address):
+        for addresses in self.idle.values():
+            if address in addresses:
+                addresses.remove(address)
+
+    def forget_idle(self):
+        """After a trim: drop from the model what the pool has freed, and nothing else."""
+        there = {block.address for block in self.pool._blocks}
+        for address in self.idle_addresses() - there:
+            self.take(address)
+            del self.blocks[address]
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data):
+        entry, address, mark = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
+        assert (entry.array == mark).all()
+        entry.release()
+        self.idle.setdefault(entry.spec, []).append(address)
+        self.dead.append(entry)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def drop(self, data):
+        entry, address, _ = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
+        spec = entry.spec
+        del entry
+        self.counts["lost"] += 1
+        assert self.pool.stats().lost == self.counts["lost"]  # which brings it home
+        self.idle.setdefault(spec, []).append(address)
+
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data())
+    def use_after_release(self, data):
+        entry = data.draw(st.sampled_from(self.dead))
+        for use in (entry.release, lambda: entry.array, lambda: entry.address):
+            with pytest.raises(StaleBufferError):
+                use()
+
+    @rule()
+    def clear(self):
+        self.pool.clear()
+        for address in self.idle_addresses():
+            del self.blocks[address]
+        self.idle.clear()
+
+    @rule(max_bytes=st.integers(0, LIMIT))
+    def trim(self, max_bytes):
+        idle = sum(self.blocks[address] for address in self.idle_addresses())
+        total = sum(self.blocks.values())
+        freed = self.pool.trim(max_bytes)
+        assert (freed == 0) == (total <= max_bytes or not idle)
+        assert total - freed <= max(max_bytes, total - idle)
+        self.forget_idle()
+        assert sum(self.blocks.values()) == total - freed
+
+    @rule(wanted=st.lists(specs, max_size=4))
+    def reserve(self, wanted):
+        before = self.idle_addresses()
+        try:
+            self.pool.reserve(wanted)
+        except TierFullError:
+            self.forget_idle()
+            there = {block.address for block in self.pool._blocks}
+            assert there == set(self.blocks), "a reservation that failed left a buffer behind"
+            return
+        self.forget_idle()
+        for spec, shelf in self.pool._shelves.items():
+            for ticket in shelf.ready:
+                if ticket.block.address not in before:
+                    self.blocks[ticket.block.address] = ticket.block.nbytes
+            self.idle[spec] = [ticket.block.address for ticket in shelf.ready]
+            assert len(self.idle[spec]) >= wanted.count(spec)
+        assert before - self.idle_addresses() == before - set(self.blocks)
+
+    @rule()
+    def scope_begins_or_ends(self):
+        if self.scope is None:
+            self.scope = self.pool.statistics()
+            self.scope.__enter__()
+        else:
+            self.scope.__exit__(None, None, None)
+            self.scope = None
+
+    @invariant()
+    def the_pool_is_right(self):
+        self.pool.check()
+        stats = self.pool.stats()
+        idle = self.idle_addresses()
+        assert stats.reserved_bytes == sum(self.blocks.values()) <= LIMIT
+        assert stats.reserved_count == len(self.blocks)
+        assert stats.idle_bytes == sum(self.blocks[address] for address in idle)
+        assert stats.idle_count == len(idle)
+        assert stats.in_use_count == len(self.live)
+        assert {name: getattr(stats, name) for name in self.counts} == self.counts
+        for entry, address, mark in self.live:
+            assert entry.address == address
+            assert (entry.array == mark).all()
+
+    def teardown(self):
+        if self.scope is not None:
+            self.scope.__exit__(None, None, None)
+        self.pool.close()
+        assert self.pool.stats().reserved_count == len(self.live)
+
+
+class TestPoolAgainstDictionary(PoolAgainstDictionary.TestCase):
+    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+# ------------------------------------------------------------------------------------------------ CuPy's pinned pool
+
+
+class _Memory:
+    """What CuPy's pool asks its allocator for, without a driver: a pointer of its own."""
+
+    pointers = itertools.count(1)
+
+    def __init__(self, size):
+        self.size = size
+        self.ptr = next(self.pointers) << 20
+
+
+class PoolAgainstCupy(RuleBasedStateMachine):
+    """The same requests to both: the same blocks come back at the same time, and as many are idle.
+
+    The sizes are multiples of CuPy's unit of 512 bytes, each in a size class of its own, where both promise the same.
+    """
+
+    @initialize()
+    def start(self):
+        from cupy.cuda.pinned_memory import PinnedMemoryPointer, PinnedMemoryPool
+
+        self.theirs = PinnedMemoryPool(lambda size: PinnedMemoryPointer(_Memory(size), 0))
+        self.ours = SimpleBufferPool()
+        self.live = []
+        self.same = {}  # our address -> their pointer
+
+    @rule(size=st.sampled_from([512, 1024, 2048, 65536]))
+    def allocate(self, size):
+        theirs = self.theirs.malloc(size)
+        ours = self.ours.allocate(BufferSpec(size, "uint8", Tier.PINNED))
+        known = set(self.same.values())
+        assert (ours.address in self.same) == (theirs.ptr in known)
+        assert self.same.setdefault(ours.address, theirs.ptr) == theirs.ptr
+        self.live.append((ours, theirs))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data):
+        ours, theirs = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
+        ours.release()
+        theirs.mem.free()
+
+    @rule()
+    def free_what_is_idle(self):
+        self.theirs.free_all_blocks()
+        self.ours.clear()
+        live = {ours.address for ours, _ in self.live}
+        self.same = {address: pointer for address, pointer in self.same.items() if address in live}
+
+    @invariant()
+    def as_many_are_idle(self):
+        if hasattr(self, "ours"):
+            assert self.ours.stats().idle_count == self.theirs.n_free_blocks()
+            self.ours.check()
+
+
+@pytest.fixture(scope="module")
+def cupy():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy warns where there is no GPU
+        pytest.importorskip("cupy.cuda.pinned_memory", reason="the comparison needs the package cupy")
+
+
+@pytest.mark.usefixtures("cupy")
+class TestPoolAgainstCupy(PoolAgainstCupy.TestCase):
+    settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
