@@ -27,6 +27,7 @@ SWITCHES = (
         True,
         "refuse integers that do not fit a narrower slot before anything is staged (a NumPy reduction each)",
     ),
+    Switch("NUMBABUF_NVTX", False, "put NVTX ranges around steps, captures and allocations; read once, at import"),
 )
 _DEFAULTS = {switch.name: switch.default for switch in SWITCHES}
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}

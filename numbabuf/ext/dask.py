@@ -1,0 +1,329 @@
+"""numbabuf on a Dask cluster: a manager and a pool in every worker, their statistics, and one demand for all of them.
+
+Dask places the work and restarts what dies; `Fleet` sees to it that each worker has a manager, that nothing is left
+when it goes, and that each one prewarms what the whole cluster was asked for. Needs the extra `dask` on the client, the
+scheduler and the workers. Sits above the library; nothing imports it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from .. import _cuda
+from ..demand import DemandModel
+from ..manager import InputBufferManager
+from ..pool import BufferPool, SimpleBufferPool
+from ..predictive import PredictiveBufferManager
+from ..stats import ManagerStats, PoolStats, PredictionStats
+
+__all__ = ["Fleet", "SharedDemand", "WorkerStats", "worker_manager"]
+
+_log = logging.getLogger("numbabuf")
+
+
+class WorkerStats(NamedTuple):
+    """One worker's figures, at one moment."""
+
+    device: str
+    """Name of the device that the worker uses."""
+    pool: PoolStats
+    manager: ManagerStats
+    prediction: PredictionStats | None
+    """None where the manager predicts nothing."""
+
+
+class SharedDemand(NamedTuple):
+    """What one exchange of demand did."""
+
+    demand: DemandModel
+    """The newest steps of all workers together, those of workers that are gone included."""
+    captured: dict[str, tuple[int, ...]]
+    """Worker's address -> the sizes that it captured upon it."""
+
+
+class Fleet:
+    """A manager and a pool in each worker of a cluster, those that join or are restarted later included.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The cluster, by a client that is not asynchronous.
+    make : callable, optional
+        ``make(pool)`` returns a worker's manager over the worker's pool; called once in each, and sent there by pickle.
+        Default: a `PredictiveBufferManager` with its own defaults. Graphs that must be there from the start are
+        captured in it.
+    pool : callable
+        Makes a worker's pool, without arguments.
+    name : str
+        What the tasks ask for in `worker_manager`; two fleets of one cluster need two names.
+
+    Raises
+    ------
+    ImportError
+        Dask's package distributed is not installed.
+    Exception
+        What `make` or `pool` raised in a worker.
+
+    Notes
+    -----
+    GPUs: a worker uses the first device that it sees. Start workers with one each (CUDA_VISIBLE_DEVICES, which the
+    package dask-cuda sets), or they share the first.
+    Threads: a worker's tasks may step its manager from any of its threads; the steps are serialised.
+    Clocks: demand is merged by the workers' wall clocks, which should agree.
+
+    Examples
+    --------
+    In a program, on a cluster of two processes of this machine::
+
+        def make(pool):
+            manager = PredictiveBufferManager(pool, max_batch_size=8, max_seq_len=512)
+            manager.capture_buckets(step)
+            return manager
+
+        def serve(tokens):
+            manager = worker_manager()
+            manager.replay({"input_ids": tokens}, len(tokens))
+
+        with LocalCluster(n_workers=2) as cluster, Client(cluster) as client, Fleet(client, make) as fleet:
+            client.gather(client.map(serve, requests))
+            fleet.share_demand()
+            print(fleet.stats())
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        make: Callable[[BufferPool], InputBufferManager] = PredictiveBufferManager,
+        *,
+        pool: Callable[[], BufferPool] = SimpleBufferPool,
+        name: str = "numbabuf",
+    ) -> None:
+        self._client = client
+        self.name = name
+        self.closed = False
+        self._known: dict[str, DemandModel] = {}  # address -> the worker's own steps, as last heard
+        client.register_plugin(_plugin(make, pool, name), name=name)
+
+    def stats(self) -> dict[str, WorkerStats]:
+        """Return the figures of each worker, by its address; a worker that goes meanwhile is left out, and logged."""
+        return self._ask("stats")
+
+    def share_demand(self) -> SharedDemand:
+        """Merge what all workers were asked for, and have each prewarm it.
+
+        Returns
+        -------
+        shared : SharedDemand
+
+        Notes
+        -----
+        Call it from time to time. A worker's steps count once, however often this is called; what a worker did that has
+        died since its last exchange is lost, what it did before counts as long as it is among the newest. Workers that
+        start later take the last merged demand over. Steps reported by `record_usage` alone are not shared. A manager
+        that predicts nothing is counted, and captures nothing.
+        Cost: a round trip, the learning of a window of steps and, in each worker, `prewarm`.
+        """
+        self._known |= {address: _unpack(packed) for address, packed in self._ask("own_demand").items()}
+        if not self._known:
+            raise RuntimeError("no worker answered: start one, and see the log of numbabuf for those that left")
+        demand = DemandModel.merge(self._known.values())
+        oldest = demand._seen[0][0] if len(demand) == demand.window else float("-inf")
+        present = self._client.scheduler_info(n_workers=-1)["workers"]
+        self._known = {
+            address: model
+            for address, model in self._known.items()
+            if address in present or (len(model) and model._seen[-1][0] >= oldest)
+        }
+        packed = _pack(demand)
+        self._client.set_metadata([_KEY, self.name], packed)  # for those that start from now on
+        return SharedDemand(demand, self._ask("adopt", packed))
+
+    def _ask(self, method: str, *arguments: Any) -> dict[str, Any]:
+        """Call a method of what each worker holds; return the answers by address."""
+        if self.closed:
+            raise RuntimeError("the fleet is closed: make a new one")
+        answers = self._client.run(_call, self.name, method, arguments, on_error="return")
+        for address, answer in answers.items():
+            if isinstance(answer, OSError):  # distributed's word for a connection that broke
+                _log.warning("worker %s left while it was asked for %s: %s", address, method, answer)
+            elif isinstance(answer, Exception):
+                raise answer
+        return {
+            address: answer[0] for address, answer in answers.items() if not isinstance(answer, OSError) and answer
+        }
+
+    def close(self) -> None:
+        """Close every worker's manager and pool, and start none in workers to come. Doing it again does nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        self._client.set_metadata([_KEY, self.name], None)
+        self._client.unregister_worker_plugin(self.name)
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Fleet({self.name!r}, {'closed' if self.closed else self._client})"
+
+
+def worker_manager(name: str = "numbabuf") -> Any:
+    """Return the manager of the worker that this task runs in.
+
+    Raises
+    ------
+    ValueError
+        This is no task of a Dask worker.
+    LookupError
+        The worker has no manager of that name.
+    """
+    from distributed import get_worker
+
+    plugin = get_worker().plugins.get(name)
+    if plugin is None or plugin.held is None:
+        raise LookupError(f"this worker holds no manager named {name!r}: make Fleet(client, make, name={name!r}) first")
+    return plugin.held.manager
+
+
+# ------------------------------------------------------------------------------------------------- inside a worker
+
+_KEY = "numbabuf-demand"  # of the scheduler's metadata: the last merged demand, by the name of the fleet
+
+
+class _Held:
+    """What one worker holds: a pool, a manager over it, and the steps that ran here."""
+
+    def __init__(
+        self,
+        make: Callable[[BufferPool], InputBufferManager],
+        pool: Callable[[], BufferPool],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.pool = pool()
+        try:
+            self.manager = make(self.pool)
+            if not isinstance(self.manager, InputBufferManager):
+                raise TypeError(f"make(pool) returned {self.manager!r}: return an InputBufferManager")
+        except BaseException:
+            self.pool.close()
+            raise
+        self._settings = (DemandModel() if self._predicting is None else self._predicting.demand)._settings()
+        # Kept apart from the manager's own model: that takes over the others' steps, which must not come back from
+        # here as this worker's.
+        self._own: deque[tuple[float, int]] = deque(maxlen=self._settings[0])
+        before, own = self.manager.observer, self._own
+
+        def observe(size: int) -> None:
+            if size > 0:
+                own.append((clock(), size))
+            if before is not None:
+                before(size)
+
+        self.manager.observer = observe
+
+    @property
+    def _predicting(self) -> PredictiveBufferManager | None:
+        return self.manager if isinstance(self.manager, PredictiveBufferManager) else None
+
+    def own_demand(self) -> list[Any]:
+        """The steps that ran here, as sent."""
+        return _pack(DemandModel._restore(*self._settings, self._own.copy(), time.time))
+
+    def adopt(self, packed: list[Any]) -> tuple[int, ...]:
+        """Go on with the demand of all workers, and prewarm it."""
+        if self._predicting is None:
+            return ()
+        self._predicting.adopt(_unpack(packed))
+        return self._predicting.prewarm()
+
+    def stats(self) -> WorkerStats:
+        """The figures of this worker."""
+        prediction = None if self._predicting is None else self._predicting.prediction()
+        return WorkerStats(_cuda.device_name(), _plain(self.pool.stats()), self.manager.stats(), prediction)
+
+    def close(self) -> None:
+        """Close the manager, then the pool; say so if somebody else still leases from it."""
+        try:
+            self.manager.close()
+        finally:
+            leased = self.pool.stats().in_use_count
+            if leased:
+                _log.warning("%d buffer(s) of a worker's pool are still leased at its end: release them", leased)
+            self.pool.close()
+
+
+def _plain(stats: Any) -> Any:
+    """Return a snapshot that can be pickled: a read-only view of a dictionary cannot."""
+    views = {
+        field.name: dict(getattr(stats, field.name))
+        for field in dataclasses.fields(stats)
+        if isinstance(getattr(stats, field.name), MappingProxyType)
+    }
+    return dataclasses.replace(stats, **views)
+
+
+def _pack(model: DemandModel) -> list[Any]:
+    """Return a model as lists of numbers, which Dask's own protocol carries; its window is its whole state."""
+    return [*model._settings(), [list(pair) for pair in model._seen]]
+
+
+def _unpack(packed: list[Any]) -> DemandModel:
+    window, warm_steps, buckets, seen = packed
+    return DemandModel._restore(window, warm_steps, buckets, [(at, size) for at, size in seen], time.time)
+
+
+async def _call(name: str, method: str, arguments: tuple[Any, ...], dask_worker: Any) -> tuple[Any] | None:
+    """Call a method of what a worker holds, in a thread of its own: the worker goes on talking to its scheduler."""
+    plugin = dask_worker.plugins.get(name)
+    if plugin is None or plugin.held is None:
+        return None  # it is being set up
+    return (await asyncio.to_thread(getattr(plugin.held, method), *arguments),)
+
+
+@functools.cache
+def _plugin_class() -> type:
+    """The plugin's class, made when first needed, as its base is an optional package's."""
+    try:
+        from distributed import WorkerPlugin
+    except ImportError:
+        raise ImportError("numbabuf.ext.dask needs Dask's package distributed: pip install numbabuf[dask]") from None
+
+    class Plugin(WorkerPlugin):  # type: ignore[misc]
+        """Dask calls it in every worker: `setup` when it starts, `teardown` when it ends in good order."""
+
+        def __init__(self, make: Any, pool: Any, name: str) -> None:
+            self.name = name
+            self.held: _Held | None = None
+            self._make, self._pool = make, pool
+
+        async def setup(self, worker: Any) -> None:
+            held = await asyncio.to_thread(_Held, self._make, self._pool)
+            demand = await worker.scheduler.get_metadata(keys=[_KEY, self.name], default=None)
+            if demand is not None:
+                await asyncio.to_thread(held.adopt, demand)
+            self.held = held
+
+        async def teardown(self, worker: Any) -> None:
+            held, self.held = self.held, None
+            if held is not None:
+                await asyncio.to_thread(held.close)
+
+        def __reduce__(self) -> Any:
+            return _plugin, (self._make, self._pool, self.name)  # the class itself has no name to be found by
+
+    return Plugin
+
+
+def _plugin(make: Any, pool: Any, name: str) -> Any:
+    return _plugin_class()(make, pool, name)
