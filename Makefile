@@ -30,12 +30,17 @@ lint:  ## ruff and mypy
 sass:  ## every kernel to machine code for each architecture: no GPU needed
 	NUMBA_ENABLE_CUDASIM=1 $(PYTHON) -m pytest tests/test_sass.py
 
+docs:  ## a page per module under build/docs
+	@# pdoc cannot resolve the generated constructors of snapshots that inherit fields: their types stay text
+	NUMBA_ENABLE_CUDASIM=1 $(PYTHON) -W error -W 'ignore:Error parsing type annotation' -m pdoc -d numpy -o build/docs numbabuf \
+		$(addprefix numbabuf.,buckets calibration config demand ext.dask ext.prometheus hierarchy html info nvtx \
+		pipeline planning plots policies report stats testing timeline traces)
+
 bench:  ## every benchmark, on whatever backend is there
 	$(PYTHON) -m benchmarks all
 
-gpu:  ## the suite on a GPU, then every benchmark
-	$(PYTHON) -m pytest --require-gpu
-	$(PYTHON) -m benchmarks all
+gpu:  ## the suite, the sanitizers and every benchmark on a GPU, into benchmarks/results
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 ci:  ## what CI runs
 	.ci/run

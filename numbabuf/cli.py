@@ -1,4 +1,4 @@
-"""The command line: `numbabuf replay [TRACE]`, and what further commands share.
+"""The command line: `numbabuf replay [TRACE]`, `numbabuf plan TRACE`, `numbabuf info`, and what they share.
 
 A command is one `Command`: its arguments and one function that returns the exit code. 0: all is well; 1: the
 command ran and found something wrong; 2: it could not run (arguments, trace, device). Numba reads
@@ -207,6 +207,7 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
         help="of generated requests, token ids and weights (default 0)",
     )
     add("--json", metavar="OUT", help="write the results to this file")
+    add("--report", metavar="OUT.html", help="write the results to this file as one HTML page with pictures")
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
@@ -227,8 +228,9 @@ def _replay(args: argparse.Namespace) -> int:
             f"steps may have {args.max_tokens} tokens and the largest bucket holds {args.buckets[-1]}: "
             "lower --max-tokens, or give a larger bucket or another --overflow"
         )
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-        args.parser.error(f"--json {args.json}: no such directory")
+    for option, path in (("--json", args.json), ("--report", args.report)):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            args.parser.error(f"{option} {path}: no such directory")
 
     workload = Workload(**_WORKLOADS[_cuda.backend()], seed=args.seed)
     trace = read_trace(args.trace) if args.trace else workload.generate()
@@ -254,7 +256,13 @@ def _replay(args: argparse.Namespace) -> int:
         "parameters": {name: getattr(args, name) for name in (*_SIZES["cuda"], "buckets", "ring", "overflow", "seed")},
         "results": results,
     }
-    written = _write_json(args.json, report) if args.json else True
+    written = True
+    if args.json:
+        written = _write(args.json, json.dumps(report, indent=2) + "\n")
+    if args.report:
+        from .report import render
+
+        written = _write(args.report, render(report)) and written
     if not args.quiet:
         _print_results(args, report)
     if results["mismatch"] is None:
@@ -264,11 +272,10 @@ def _replay(args: argparse.Namespace) -> int:
     return 1
 
 
-def _write_json(path: str, report: dict[str, Any]) -> bool:
+def _write(path: str, text: str) -> bool:
     try:
         with open(path, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
-            file.write("\n")
+            file.write(text)
     except OSError as error:
         print(f"{path}: cannot be written: {error.strerror}", file=sys.stderr)
         return False
@@ -281,12 +288,14 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
 
     from .manager import InputBufferManager
     from .pipeline import Pipeline
+    from .report import thin
     from .spec import BufferSpec
     from .traces import token_inputs
 
     steps = iter(trace.steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs))
     show = not args.quiet and sys.stderr.isatty()
     host_ns: list[int] = []
+    tokens: list[int] = []
     pending: list[tuple[int, Any]] = []  # steps in flight: number, expected row of scores
     mismatch = None
     row = np.zeros(1, np.int64)
@@ -322,6 +331,7 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
             begin_ns = time.perf_counter_ns()
             manager.replay({**inputs, "row": row}, step.num_tokens, seqs=step.num_seqs)
             host_ns.append(time.perf_counter_ns() - begin_ns)
+            tokens.append(step.num_tokens)
             for array in (*inputs.values(), row):
                 array.fill(0)  # the arrays are ours again: were they read later than this, it would show
             if len(pending) == _WINDOW:
@@ -333,6 +343,7 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
         manager.synchronize()
         stats = manager.stats()
     host_us = np.array(host_ns, np.float64) / 1000
+    demand = np.unique(np.array(tokens, np.int64), return_counts=True)
     return {
         "steps": len(host_ns),
         "complete": mismatch is None and next(steps, None) is None,
@@ -342,6 +353,12 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
         "padded_tokens": stats.padded_tokens,
         "padding_percent": 100 * stats.padding,
         "buckets": {str(bucket): count for bucket, count in stats.buckets.items()},
+        "bucket_tokens": {str(bucket): live for bucket, live in stats.bucket_tokens.items()},
+        "demand": {str(size): count for size, count in zip(*(part.tolist() for part in demand), strict=True)},
+        "tokens_per_step": thin(tokens),
+        "host_us_per_step": thin(host_us.tolist()),
+        "arena_bytes": stats.arena_bytes,
+        "ring_bytes": stats.ring_bytes,
         "overflows": stats.overflows,
         "ring_waits": stats.ring_waits,
         "host_us_median": float(np.median(host_us)),
@@ -421,7 +438,68 @@ def _print_results(args: argparse.Namespace, report: dict[str, Any]) -> None:
         print(f"\nOnly the first {results['steps']:,} steps were run; --steps 0 runs all.")
 
 
+# ------------------------------------------------------------------------------------------------ plan and info
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("trace", metavar="TRACE", help="CSV, JSONL or NPZ, plain or .gz")
+    add("--k", type=_whole(1), default=16, metavar="N", help="sizes to choose (default 16)")
+    add("--axis", choices=("tokens", "seqs"), default="tokens", help="which size of a step (default tokens)")
+    add("--max-tokens", type=_whole(1), default=2048, metavar="N", help="most tokens in a step (default 2048)")
+    add("--max-seqs", type=_whole(1), default=256, metavar="N", help="most sequences in a step (default 256)")
+    add("--plot", metavar="OUT.png", help="draw the comparison into this file (needs matplotlib)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print the bucket list for a log, and what other lists would pad on it."""
+    from .planning import compare
+    from .traces import read_trace
+
+    if args.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            args.parser.error("--plot needs matplotlib: pip install 'numbabuf[plot]'")
+        if not os.path.isdir(os.path.dirname(args.plot) or "."):
+            args.parser.error(f"--plot {args.plot}: no such directory")
+    steps = read_trace(args.trace).steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs)
+    top = args.max_tokens if args.axis == "tokens" else args.max_seqs
+    found = compare([getattr(step, f"num_{args.axis}") for step in steps], args.k, max_size=top)
+    print(f"{found.steps:,} steps, at most {top:,} {args.axis} each")
+    print(found.table())
+    if args.plot:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 0.4 * len(found.fits) + 1), layout="constrained")
+        FigureCanvasAgg(figure)
+        found.plot(figure.add_subplot())
+        try:
+            figure.savefig(args.plot, dpi=150)
+        except (OSError, ValueError) as error:  # no right to write there, or a suffix that matplotlib does not know
+            print(f"{args.plot}: cannot be written: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _info(args: argparse.Namespace) -> int:
+    """Print what is here, what is missing, and the command that installs it."""
+    problem = _device_problem()  # asked before numba is imported, which would answer less clearly
+    from . import info
+
+    found = info.collect(problem)
+    print(json.dumps(found, indent=2) if args.json else info.render(found))
+    return 0
+
+
 COMMANDS = {
+    "info": Command("Tell what is here and what is missing.", _info_arguments, _info, device=False),
+    "plan": Command(
+        "Choose the sizes to capture for a log of requests.", _plan_arguments, _plan, device=False
+    ),
     "replay": Command(
         "Replay a request trace through graphs, checking every step.", _replay_arguments, _replay, device=True
     ),

@@ -11,7 +11,7 @@ from dataclasses import fields as dataclass_fields
 from html import escape
 from typing import Any
 
-__all__ = ["COLORS", "bar", "card", "columns", "fields", "nbytes", "squares", "table", "text"]
+__all__ = ["COLORS", "bar", "card", "columns", "escape", "fields", "nbytes", "squares", "table", "text"]
 
 COLORS = ("#3572b0", "#86b6e0", "#e0a03c", "#5a9e6f", "#b5527a", "#8a8a8a")
 """Fill colours by position, dark enough for a white page and light enough for a black one."""
@@ -112,7 +112,7 @@ def fields(snapshot: Any) -> str:
             continue
         stem, _, unit = name.rpartition("_")
         if unit == "bytes":
-            rows.append((stem.replace("_", " "), nbytes(value)))
+            rows.append((stem.replace("_", " "), text(value, unit)))
         elif unit == "seconds":
             rows.append((stem.replace("_", " "), f"{value:.3g} s"))
         else:
@@ -201,7 +201,8 @@ def columns(values: Mapping[Any, float], *, most: int = 48, width: int = 420, he
     return (
         f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" style="display:block;'
         f'max-width:100%;border-bottom:1px solid rgba(128,128,128,.5)">{"".join(pieces)}</svg>'
-        f'<div style="display:flex;justify-content:space-between;width:{width}px;max-width:100%;font-size:12px">{ends}</div>'
+        f'<div style="display:flex;justify-content:space-between;width:{width}px;max-width:100%;font-size:12px">'
+        f"{ends}</div>"
     )
 
 

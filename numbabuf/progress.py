@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-__all__ = ["track"]
+__all__ = ["stopped", "track"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,11 @@ def track(
             if note is not None:
                 bar.set_postfix_str(str(note(item)))
             yield item
+
+
+def stopped(label: str, done: int, total: int, why: str) -> None:
+    """Say on standard error how far an operation came that did not reach its end."""
+    print(f"{label}: stopped after {done:,} of {total:,}: {why}", file=sys.stderr)
 
 
 def _count(items: Iterable[T], label: str, total: int | None, note: Callable[[T], Any] | None) -> Iterator[T]:

@@ -273,7 +273,8 @@ def test_interrupt_ends_without_a_traceback(capsys, monkeypatch):
 
 @pytest.fixture
 def undecided(monkeypatch):
-    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "")  # so that what the test sets is put back, set before or not
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM")
     return monkeypatch
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from numbabuf import (
     BufferSpec,
+    HierarchicalBufferPool,
     InputBufferManager,
     PredictiveBufferManager,
     SimpleBufferPool,
@@ -14,8 +15,7 @@ from numbabuf import (
     html,
 )
 from numbabuf._cuda import cuda
-from numbabuf.demand import DemandModel
-from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.demand import DemandModel, Demands
 
 
 def parse(markup):
@@ -44,11 +44,11 @@ def test_a_bar_is_divided_in_proportion():
     assert widths(html.bar({"a": 1, "b": 1}, total=8, width=400)) == [50, 50]
     assert widths(html.bar({"a": 0, "b": 0})) == []
     assert "2 KiB of 8 KiB" in words(html.bar({"a": 2048}, total=8192, unit="bytes"))
-    assert len(widths(html.bar({str(i): 1 for i in range(20)}))) == 20
+    assert len(widths(html.bar(dict.fromkeys(map(str, range(20)), 1)))) == 20
 
 
 def test_columns_add_neighbours_up():
-    markup = html.columns({i: 1 for i in range(100)}, most=10)
+    markup = html.columns(dict.fromkeys(range(100), 1), most=10)
     assert len(widths(markup)) == 10 and "0 99" in words(markup).replace("most: 0 to 9 (10) ", "")
     assert words(html.columns({})) == "nothing yet"
 
@@ -98,6 +98,7 @@ def test_the_parts_of_a_manager_show_themselves(manager):
     assert "most: 3 (2)" in words(manager.demand._repr_html_())
     assert "hits" in words(manager.prediction()._repr_html_())
     assert "nothing yet" in words(DemandModel()._repr_html_())
+    assert "Demands a&b DemandModel" in words(Demands(["a&b"])._repr_html_())
 
 
 def test_padding_rows_agree_with_the_sums(manager):
@@ -138,4 +139,4 @@ def test_a_hierarchical_pool_shows_its_moves():
 
 def test_a_manager_without_memory_shows_itself():
     with InputBufferManager(max_batch_size=1, max_seq_len=4) as manager:
-        assert "0 steps" in words(manager._repr_html_())
+        assert "steps 0" in words(manager._repr_html_())
