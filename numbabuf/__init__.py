@@ -4,6 +4,7 @@ Importing this package touches no device and no optional package. See the README
 the hot path and `SimpleBufferPool` for memory.
 """
 
+from . import config
 from .entry import BufferEntry
 from .errors import (
     BackendError,
@@ -17,7 +18,10 @@ from .errors import (
     TierFullError,
     TraceError,
 )
+from .factory import create_input_buffer_manager
 from .graph import Step
+from .hierarchy import HierarchicalBufferPool, HierarchyStats
+from .interop import from_dlpack
 from .lease import Lease
 from .manager import InputBufferManager
 from .pool import BufferPool, SimpleBufferPool
@@ -39,6 +43,8 @@ __all__ = [
     "CaptureError",
     "ClosedError",
     "GraphMissingError",
+    "HierarchicalBufferPool",
+    "HierarchyStats",
     "InputBufferManager",
     "InputSlot",
     "Lease",
@@ -53,4 +59,12 @@ __all__ = [
     "Tier",
     "TierFullError",
     "TraceError",
+    "create_input_buffer_manager",
+    "from_dlpack",
 ]
+
+if config.enabled("NUMBABUF_NVTX"):
+    from . import nvtx
+
+    nvtx.enable(or_warn=True)
+

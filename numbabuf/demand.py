@@ -267,6 +267,9 @@ class Demands(Mapping[str, DemandModel]):
     def __init__(self, axes: Iterable[str], **options: Any) -> None:
         self._models = {axis: DemandModel(**options) for axis in axes}
 
+    def _repr_html_(self) -> str:
+        return html.card("Demands", *(f"<div>{html.escape(axis)}</div>{m._repr_html_()}" for axis, m in self.items()))
+
     def __getitem__(self, axis: str) -> DemandModel:
         return self._models[axis]
 

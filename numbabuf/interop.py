@@ -40,11 +40,13 @@ def from_dlpack(tensor: Any, *, stream: Any = None) -> Any:
 
     Examples
     --------
-    >>> import numpy as np
-    >>> host = np.arange(4)
-    >>> array = from_dlpack(host)  # on a GPU: of a torch, CuPy or JAX array there
-    >>> array.copy_to_host().tolist()
-    [0, 1, 2, 3]
+    >>> from numbabuf import BufferSpec, SimpleBufferPool
+    >>> pool = SimpleBufferPool()
+    >>> entry = pool.allocate(BufferSpec((2, 3), "int64"))
+    >>> from_dlpack(entry).shape  # or a torch, CuPy or JAX array
+    (2, 3)
+    >>> entry.release()
+    >>> pool.close()
     """
     if not hasattr(tensor, "__dlpack__") or not hasattr(tensor, "__dlpack_device__"):
         raise TypeError(f"from_dlpack was given {type(tensor).__name__}: give an array with __dlpack__")

@@ -356,9 +356,9 @@ def copy_many(table, rows):
     while row < rows:
         piece = table + row * COPY_ROW * WORD
         nbytes = load8(piece + COPY_BYTES * WORD)
-        _copy_bytes(
-            load8(piece + COPY_SOURCE * WORD), load8(piece + COPY_TARGET * WORD), nbytes, cuda.threadIdx.x, cuda.blockDim.x
-        )
+        source = load8(piece + COPY_SOURCE * WORD)
+        target = load8(piece + COPY_TARGET * WORD)
+        _copy_bytes(source, target, nbytes, cuda.threadIdx.x, cuda.blockDim.x)
         row += cuda.gridDim.x
 
 

@@ -26,7 +26,7 @@ from .errors import BucketOverflowError, BusyError, CaptureError, ClosedError, G
 from .graph import CapturedStep, Recording, Step
 from .lease import Lease
 from .pool import BufferPool, SimpleBufferPool
-from .progress import track
+from .progress import stopped, track
 from .slot import InputSlot
 from .spec import BufferSpec
 from .staging import Block
@@ -34,6 +34,7 @@ from .stats import ManagerStats
 
 __all__ = ["InputBufferManager"]
 
+_this_thread = _cuda.this_thread
 _POLICIES = ("raise", "eager", "split")
 
 
@@ -117,7 +118,6 @@ class InputBufferManager:
         self._pool: BufferPool = SimpleBufferPool() if pool is None else pool
         self._lock = threading.RLock()
         self._capturing = threading.Lock()  # one capture at a time; always taken before `_lock`
-        self._thread = get_ident()
         self._slots: dict[str, InputSlot] = {}
         self._static: tuple[InputSlot, ...] = ()
         self._axes: tuple[str, ...] = ("tokens",)
@@ -204,6 +204,10 @@ class InputBufferManager:
                 max_live=max_live, range_check=self._range_check,
             )  # fmt: skip
             if slot.static:
+                if slot.axis is not None and slot.extra >= slot.capacity:
+                    raise ValueError(
+                        f"slot {name!r}: axis {axis!r} adds {slot.extra} rows to a size; the slot holds {slot.capacity}"
+                    )
                 self._check_movable(f"slot {name!r} cannot be added")
                 self._dismantle(keep=True)
                 slot._resolve, slot._set = self._slot_array, self._set_slot
@@ -297,9 +301,7 @@ class InputBufferManager:
     def _ready(self) -> None:
         """Make the memory, and this thread's context, ready."""
         self._check_open()
-        if get_ident() != self._thread:
-            _cuda.require()
-            self._thread = get_ident()
+        _cuda.require()
         if self._ring is None:
             self._build()
 
@@ -319,7 +321,7 @@ class InputBufferManager:
         """Give the memory back to the pool; `keep` holds it until the next arena has its contents."""
         if self._arena is None:
             return
-        self._stream.synchronize()
+        self.synchronize()
         for fill in self._fills.values():
             self._retire(fill)
         self._fills.clear()
@@ -387,7 +389,10 @@ class InputBufferManager:
         same = block.bucket is target
         block.bucket = None
         found = 0
-        get = inputs.get
+        try:
+            get = inputs.get
+        except AttributeError:
+            raise _no_inputs(inputs) from None
         for axis, extra, room, slots in self._groups:
             rows = live[axis] + extra if axis >= 0 else extra
             shape = (rows,) if rows <= room else None
@@ -729,7 +734,7 @@ class InputBufferManager:
             The sizes to capture, as they are; an int is a number of tokens, with every further axis at its largest.
             Default: the bucket list of "tokens".
         progress : bool
-            Show a progress bar on standard error.
+            Show a progress bar on standard error, and what was reached if it fails.
 
         Returns
         -------
@@ -748,6 +753,8 @@ class InputBufferManager:
         Largest first lets the driver reuse what the largest graph needed for the smaller ones. A size that was captured
         before gets the new graph.
         """
+        if not callable(fn):
+            raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
         with self._exclusive(), self._lock:
             self._ready()
             self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
@@ -756,7 +763,9 @@ class InputBufferManager:
             captured: list[CapturedStep] = []
 
             def note(item: tuple[str, tuple[int, ...]]) -> str:
-                return f"{item[0]} {dict(zip(self._axes, item[1], strict=True))}"
+                free = _cuda.memory_info()
+                room = f", {html.nbytes(free[0])} free" if free else ""
+                return f"{item[0]} {dict(zip(self._axes, item[1], strict=True))}{room}"
 
             work = [("warm", size) for size in wanted] + [("capture", size) for size in wanted]
             try:
@@ -770,9 +779,12 @@ class InputBufferManager:
                     with recording as step:
                         step.result = fn(step)
                     captured.append(recording.captured)
-            except BaseException:
+            except BaseException as error:
                 for graph in captured:
                     graph.close()
+                if progress:
+                    why = f"{type(error).__name__} at {phase} {dict(zip(self._axes, size, strict=True))}; none is kept"
+                    stopped("capture_buckets", len(captured), len(wanted), why)
                 raise
             self._function = fn
             self._adopt(captured)
@@ -894,7 +906,7 @@ class InputBufferManager:
         """
         # Hot path, guarded by benchmarks/step.py.
         with self._lock:
-            if self._ring is None or self.closed or self._pool.closed or get_ident() != self._thread:
+            if self._ring is None or self.closed or self._pool.closed or not _this_thread.ready:
                 self._ready()
             if self._lease is not None or _cuda.captures or sizes or type(num_tokens) is not int or num_tokens < 0:
                 live = self._begin_step(num_tokens, sizes)
@@ -949,6 +961,8 @@ class InputBufferManager:
 
     def _split(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """Replay a step in pieces of the largest captured number of tokens that serves its other sizes."""
+        if not isinstance(inputs, Mapping):
+            raise _no_inputs(inputs)
         rest = live[1:]
         width = max(g.sizes[0] for g in self._captured if all(a >= b for a, b in zip(g.sizes[1:], rest, strict=True)))
         follows = {slot.name: slot for slot in self._static if slot.axis == "tokens"}
@@ -993,7 +1007,7 @@ class InputBufferManager:
             if self._open_recordings:
                 raise BusyError("graphs cannot be closed while one is being captured")
             if self._captured or self._leaving:
-                self._stream.synchronize()
+                self.synchronize()
             for graph in self._captured + [graph for _, graph in self._leaving]:
                 self._retire(graph)
             self._captured, self._captured_tokens, self._leaving, self._function = [], [], [], None
@@ -1002,6 +1016,7 @@ class InputBufferManager:
 
     def synchronize(self) -> None:
         """Wait for every step queued so far; raises what their kernels raised."""
+        _cuda.require()  # as wherever a thread that never called the driver may come first
         self._stream.synchronize()
 
     def release_all(self) -> None:
@@ -1082,12 +1097,12 @@ class InputBufferManager:
             assert all(graph.generation == self._generation for graph in (*self._captured, *self._fills.values()))
             if self._ring is None:
                 return
-            self._stream.synchronize()
+            self.synchronize()
             self._arena.check()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self._captured)} graphs"
-        return f"InputBufferManager({len(self._slots)} slots, {self.max_tokens} tokens, ring={self._depth}, {state})"
+        return f"{type(self).__name__}({len(self._slots)} slots, {self.max_tokens} tokens, ring={self._depth}, {state})"
 
     def _repr_html_(self) -> str:
         slots = [(slot.name, str(slot.spec), slot.axis or "whole", str(slot.pad)) for slot in self.slots]
@@ -1095,6 +1110,10 @@ class InputBufferManager:
         return html.card(
             repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
         )
+
+
+def _no_inputs(inputs: Any) -> TypeError:
+    return TypeError(f"inputs is a {type(inputs).__name__}: give a mapping of slot names to arrays")
 
 
 def _positive(name: str, value: Any) -> int:

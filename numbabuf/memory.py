@@ -6,6 +6,7 @@ hand it on: who may still use it, and whether a live graph does. Knows no pool. 
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from bisect import bisect_right
@@ -18,7 +19,7 @@ from . import _cuda
 from .errors import TierFullError
 from .spec import BufferSpec, Tier
 
-__all__ = ["EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "same_stream", "size_class"]
+__all__ = ["EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "byte_count", "same_stream", "size_class"]
 
 EXACT_ABOVE = 16 << 20
 """Requests above this many bytes are not rounded up."""
@@ -210,6 +211,27 @@ class Alarm(weakref.ref):  # type: ignore[type-arg]
         alarm = cls(ticket._token, off)
         alarm.block = ticket.block
         return alarm
+
+
+def byte_count(name: str, value: Any) -> int:
+    """Return `value` as a number of bytes, or say what is wrong with it.
+
+    Raises
+    ------
+    TypeError
+        It is not a whole number.
+    ValueError
+        It is negative.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        nbytes = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}: give a whole number of bytes") from None
+    if nbytes < 0:
+        raise ValueError(f"{name} is {nbytes}: give a number of bytes >= 0")
+    return nbytes
 
 
 class Ledger:

@@ -24,7 +24,7 @@ import numpy as np
 from . import _cuda, config, html
 from .entry import BufferEntry
 from .errors import CaptureError, ClosedError, TierFullError
-from .memory import Alarm, Block, Ledger, Ticket, same_stream, size_class
+from .memory import Alarm, Block, Ledger, Ticket, byte_count, same_stream, size_class
 from .spec import BufferSpec, Tier
 from .stats import EventRing, OomSteps, PoolStats, Scope
 
@@ -154,9 +154,8 @@ class SimpleBufferPool(BufferPool):
         on_oom: Callable[[int], Any] | None = None,
         events: int = 0,
     ) -> None:
-        for name, limit in (("max_bytes", max_bytes), ("max_pinned_bytes", max_pinned_bytes)):
-            if limit is not None and limit < 0:
-                raise ValueError(f"{name} is {limit}: give a number of bytes >= 0, or None for no limit")
+        max_bytes = None if max_bytes is None else byte_count("max_bytes", max_bytes)
+        max_pinned_bytes = None if max_pinned_bytes is None else byte_count("max_pinned_bytes", max_pinned_bytes)
         if reuse not in ("wait", "done", "same"):
             raise ValueError(f'reuse is {reuse!r}; use one of "wait", "done", "same"')
         if on_oom is not None and not callable(on_oom):
@@ -766,8 +765,7 @@ class SimpleBufferPool(BufferPool):
         -----
         Streams: the host waits for the work on what it frees.
         """
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes is {max_bytes}: give a number of bytes >= 0")
+        max_bytes = byte_count("max_bytes", max_bytes)
         with self._lock:
             self._refuse_capture("trim")
             self._settle()

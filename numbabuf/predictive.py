@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from . import _cuda, buckets
+from . import _cuda, buckets, html
 from .demand import DemandModel
 from .errors import NumbabufError
 from .graph import Step
 from .manager import InputBufferManager
 from .pool import BufferPool
+from .progress import stopped, track
 from .spec import BufferSpec
 from .stats import PredictionStats
 
@@ -141,6 +142,8 @@ class PredictiveBufferManager(InputBufferManager):
         demand : DemandModel
             From now on the manager's, which observes its steps.
         """
+        if not isinstance(demand, DemandModel):
+            raise TypeError(f"demand is {demand!r}: give a DemandModel")
         refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=self._cost, window=demand.window)
         with self._learning:
             self._learn()
@@ -219,7 +222,7 @@ class PredictiveBufferManager(InputBufferManager):
                 sizes = [int(size) for size in self._refitter.sizes]
         return super().capture_buckets(fn, sizes, progress=progress)
 
-    def prewarm(self, fn: Callable[[Step], Any] | None = None) -> tuple[int, ...]:
+    def prewarm(self, fn: Callable[[Step], Any] | None = None, *, progress: bool = False) -> tuple[int, ...]:
         """Have ready what the demand suggests: graphs of the planned sizes, and the buffers of those forecast.
 
         Parameters
@@ -227,6 +230,8 @@ class PredictiveBufferManager(InputBufferManager):
         fn : callable, optional
             What to capture; default: the function last given here or to `capture_buckets`. It is not run without a
             capture first, so its kernels must have been launched once.
+        progress : bool
+            Show a progress bar on standard error, and what was reached if it ends early.
 
         Returns
         -------
@@ -245,11 +250,11 @@ class PredictiveBufferManager(InputBufferManager):
             self._learn()
             if fn is not None:
                 self._function = fn
-            captured = self._prewarm_graphs()
+            captured = self._prewarm_graphs(progress)
             self._prewarm_buffers()
             return captured
 
-    def _prewarm_graphs(self) -> tuple[int, ...]:
+    def _prewarm_graphs(self, progress: bool) -> tuple[int, ...]:
         fn = self._function
         if fn is None:
             return ()
@@ -261,16 +266,25 @@ class PredictiveBufferManager(InputBufferManager):
         missing = [size for size in planned if (size, *full) not in present]
         captured: list[int] = []
         began = self._clock()
-        for size in self._by_value(missing, [sizes[0] for sizes in present if sizes[1:] == full]):
+        why = ""
+        order = self._by_value(missing, [sizes[0] for sizes in present if sizes[1:] == full])
+        for size in track(order, total=len(order), label="prewarm", enabled=progress, note=_size_and_room):
             spent = self._clock() - began
             if captured and self._second_budget is not None and spent >= self._second_budget:
+                why = f"the budget of {self._second_budget} s is spent"
                 break
-            if not self._fits_bytes() or not self._capture_one((size, *full), fn):
+            if not self._fits_bytes():
+                why = f"the budget of {self._byte_budget:,} bytes is spent"
+                break
+            if not self._capture_one((size, *full), fn):
+                why = f"the graph for {size} tokens failed, see the log"
                 break
             captured.append(size)
             if len(present) + len(captured) > self.max_graphs:
                 self._drop_one(planned, full)  # only now: had the capture failed, it would still be needed
         self._capture_seconds += self._clock() - began
+        if progress and why:
+            stopped("prewarm", len(captured), len(missing), why)
         if len(captured) == len(missing):
             while self._drop_one(planned, full):
                 pass
@@ -369,8 +383,8 @@ class PredictiveBufferManager(InputBufferManager):
         ValueError
             The interval is not a positive number of seconds.
         """
-        if not interval_s > 0:
-            raise ValueError(f"interval_s is {interval_s!r}: give a positive number of seconds")
+        if not 0 < interval_s <= threading.TIMEOUT_MAX:
+            raise ValueError(f"interval_s is {interval_s!r}: give a positive number of seconds that a thread can wait")
         with self._lock:
             self._check_open()
             if self._worker is not None:
@@ -427,3 +441,9 @@ class PredictiveBufferManager(InputBufferManager):
                     capture_seconds=self._capture_seconds,
                     model_seconds=self._model_seconds,
                 )
+
+
+def _size_and_room(size: int) -> str:
+    """What a progress bar says while a size is captured."""
+    free = _cuda.memory_info()
+    return f"{size} tokens" + (f", {html.nbytes(free[0])} free" if free else "")

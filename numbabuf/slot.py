@@ -6,6 +6,7 @@ calls `write`. Sits above `spec` and `kernels`, below `staging`.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -93,7 +94,7 @@ class InputSlot:
         self.pad = pad
         self.pad_mode, self._pad_words = self._find_pad()
         elements = self.capacity * self.width
-        self.max_live = elements if max_live is None else int(max_live)
+        self.max_live = elements if max_live is None else operator.index(max_live)
         if not 1 <= self.max_live <= elements:
             raise ValueError(f"slot {name!r}: max_live is {max_live}; the slot holds 1 to {elements} elements")
         self.checked = range_check and self.operation == kernels.I64_I32
@@ -135,7 +136,15 @@ class InputSlot:
                     raise ValueError("it does not fit")
             elif dtype.kind in "iub" and given.dtype.kind not in "iub":
                 raise TypeError("it is not an integer")
-            raw = given.astype(dtype).tobytes()
+            elif given.dtype.kind in "OSU" and given.dtype.kind != dtype.kind:
+                raise TypeError("it is not a number")
+            elif given.dtype.kind == "c" and dtype.kind != "c":
+                raise TypeError("it is complex")
+            with np.errstate(all="ignore"):
+                value = given.astype(dtype)
+            if given.dtype.kind == "f" and np.isfinite(given) and not np.isfinite(value):
+                raise ValueError("it does not fit")
+            raw = value.tobytes()
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"slot {self.name!r}: pad {self.pad!r} is no value of {dtype} ({error})") from None
         words = np.frombuffer(raw * (16 // len(raw)), np.int64)

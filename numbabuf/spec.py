@@ -68,7 +68,7 @@ def resolve_dtype(dtype: Any) -> np.dtype:
         raise TypeError("dtype is None: give an element type, for instance 'float32'")
     try:
         resolved = np.dtype(dtype)
-    except TypeError as error:
+    except Exception as error:  # NumPy's parser of type strings raises SyntaxError and ValueError, too
         raise TypeError(f"dtype {dtype!r} is not an element type that NumPy knows: {error}") from None
     if resolved.hasobject or resolved.itemsize == 0 or resolved.subdtype is not None:
         raise TypeError(f"dtype {dtype!r} cannot live in GPU memory: use a plain type of fixed size")

@@ -68,6 +68,7 @@ __all__ = [
     "memory_info",
     "require",
     "synchronize",
+    "this_thread",
     "watch_operands",
     "zero",
 ]
@@ -76,7 +77,15 @@ _HOW_TO = (
     "To run on a GPU: pip install numbabuf[cu13] (or [cu12]) on a machine with an NVIDIA driver. "
     "To run without one: set NUMBA_ENABLE_CUDASIM=1 in the environment before Python starts."
 )
-_ready = threading.local()  # a CUDA context is current per thread
+
+
+class _Thread(threading.local):
+    ready = False
+
+
+this_thread = _Thread()
+"""`ready`: whether `require` has succeeded in this thread; a test that a hot path can afford. A CUDA context is current
+per thread, and a thread's identifier will not do: a thread that ends leaves its own to the next."""
 
 
 def require() -> None:
@@ -91,13 +100,13 @@ def require() -> None:
     -----
     Threads: the driver wants a current context in each thread that calls it; this sets the device's primary one.
     """
-    if getattr(_ready, "done", False):
+    if this_thread.ready:
         return
     try:
         _impl.require()
     except Exception as error:
         raise BackendError(f"no CUDA device can be used ({type(error).__name__}: {error}). {_HOW_TO}") from error
-    _ready.done = True
+    this_thread.ready = True
 
 
 def backend() -> str:

@@ -1,0 +1,759 @@
+"""HierarchicalBufferPool: buffers that move between device, managed and pinned memory, each tier within its budget.
+
+Decides what moves and when, and keeps the books of it; `policies` says what is worth keeping, `moves` does the copying,
+`SimpleBufferPool` owns all memory. Every step happens under the pool's one lock. Sits above `tiered`, below `manager`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from . import _cuda, calibration
+from .entry import BufferEntry
+from .errors import BusyError, CaptureError, TierFullError
+from .memory import Ledger, Ticket, byte_count
+from .moves import Mark, Move, Mover
+from .policies import Policy, make_policy
+from .pool import SimpleBufferPool
+from .spec import BufferSpec, BufferState, Tier
+from .stats import PoolStats
+from .tiered import Record, TieredEntry
+
+__all__ = ["HierarchicalBufferPool", "HierarchyStats"]
+
+ORDER = (Tier.DEVICE, Tier.MANAGED, Tier.PINNED)
+"""The tiers from the top down."""
+
+
+def _below(tier: Tier) -> tuple[Tier, ...]:
+    return ORDER[ORDER.index(tier) + 1 :]
+
+
+@functools.lru_cache(maxsize=4096)
+def _placed(spec: BufferSpec, tier: Tier) -> BufferSpec:
+    """`spec` in another tier."""
+    return BufferSpec(spec.shape, spec.dtype, tier)
+
+
+@dataclasses.dataclass(frozen=True)
+class HierarchyStats(PoolStats):
+    """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
+
+    promotions: int = 0
+    """Buffers brought to device memory."""
+    demotions: int = 0
+    """Buffers sent from it, or from managed memory, downwards."""
+    clean_demotions: int = 0
+    """Those of them that had a copy below already, so that nothing had to be copied."""
+    in_place: int = 0
+    """Uses of a buffer that stayed outside device memory."""
+    refused: int = 0
+    """Those of them that the policy would not have evict others."""
+    launches: int = 0
+    """Batches of copies, one kernel launch each."""
+    moved_bytes: int = 0
+    buffers_by_tier: Mapping[Tier, int] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
+    """Leased buffers by the tier that their contents are in."""
+
+
+class _TierLedger(Ledger):
+    """A budget for each tier by itself."""
+
+    def __init__(self, budgets: dict[Tier, int]) -> None:
+        super().__init__(None, None)
+        self._budgets = budgets
+
+    def limit(self, tier: Tier) -> int | None:
+        return self._budgets[tier]
+
+    def room(self, tier: Tier) -> int | None:
+        return self._budgets[tier] - self.reserved[tier] - self.promised[tier]
+
+
+class HierarchicalBufferPool(SimpleBufferPool):
+    """A pool whose buffers move to where they are needed, and make room for each other.
+
+    Parameters
+    ----------
+    device_bytes, managed_bytes, pinned_bytes
+        Budget of each tier in bytes, never exceeded. Device memory is for what is in use, the others for the rest:
+        give pinned memory at least what all buffers need together.
+    policy : {"frequency", "lru"} or Policy
+        What goes first under pressure, and what is worth letting in. "frequency" is decayed uses x cost of a move /
+        bytes, guarded by recency (`policies.Guarded`).
+    on_oom, events
+        As in `SimpleBufferPool`.
+
+    Raises
+    ------
+    TypeError
+        A budget is no whole number, or `policy` neither a name nor a Policy.
+    ValueError
+        A budget is negative, or the policy unknown.
+
+    Notes
+    -----
+    Threads: every method may be called from any thread; moves are made one batch at a time.
+    Streams: moves are queued on the pool's own stream, behind the work that uses what they move; the streams of later
+    uses wait for them. The host waits only for released memory that is still being read, when there is no other; for
+    memory that goes back to the driver; after four batches that the device has not begun; and when a buffer's address
+    is taken outside a use.
+    Capture: nothing moves while a graph is captured on the device. A buffer under a live graph keeps its memory: its
+    demotion saves the contents, and every later use first brings them back to the same address.
+    Managed memory is never more than the card has free when it is asked for, however much of it is resident already:
+    oversubscribed, it can hang a GPU. Where nobody knows what is free (in the simulator, under some external memory
+    managers), the budget alone holds.
+
+    Examples
+    --------
+    >>> pool = HierarchicalBufferPool(device_bytes=4096, pinned_bytes=16384)
+    >>> a, b = (pool.allocate(BufferSpec(4096, "uint8")) for _ in "ab")
+    >>> a.tier.value, b.tier.value
+    ('pinned', 'device')
+    >>> with pool.use([a], stream=None, in_place=False) as (array,):
+    ...     print(a.tier.value, b.tier.value, array.shape)
+    device pinned (4096,)
+    >>> a.release(); b.release(); pool.close()
+    """
+
+    def __init__(
+        self,
+        *,
+        device_bytes: int,
+        pinned_bytes: int,
+        managed_bytes: int = 0,
+        policy: str | Policy = "frequency",
+        on_oom: Callable[[int], Any] | None = None,
+        events: int = 0,
+    ) -> None:
+        budgets = {Tier.DEVICE: device_bytes, Tier.MANAGED: managed_bytes, Tier.PINNED: pinned_bytes}
+        budgets = {tier: byte_count(f"{tier.value}_bytes", budget) for tier, budget in budgets.items()}
+        self.policy = make_policy(policy, device_bytes)
+        super().__init__(on_oom=on_oom, events=events)
+        self._ledger: Ledger = _TierLedger(budgets)
+        self._keys = itertools.count(1)
+        self._records: dict[int, Record] = {}
+        self._gone: deque[int] = deque()  # keys of entries that died
+        self._places: dict[Tier, set[int]] = {tier: set() for tier in Tier}  # keys by where the contents are
+        self._homes: set[int] = set()  # keys of those with a home
+        self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
+
+    @functools.cached_property
+    def _mover(self) -> Mover:
+        tuning = calibration.recorded()
+        return Mover(blocks=tuning.blocks, engine_bytes=tuning.engine_bytes)
+
+    # ---------------------------------------------------------------------------------------------------- allocation
+
+    def allocate(self, spec: BufferSpec, *, stream: Any = None) -> TieredEntry:
+        """Lease a buffer: in the tier of its spec where room can be made, else in the next one below that has room.
+
+        Room is made by demoting what the policy finds coldest; no lease is waited for. Parameters and errors are those
+        of `SimpleBufferPool.allocate`; TierFullError means that no tier from the spec's downwards has room.
+        """
+        if isinstance(spec, BufferSpec) and not self._hot.get(spec) and not _cuda.captures:
+            for tier in (spec.tier, *_below(spec.tier)):
+                with self._lock:
+                    self._refuse_closed()
+                    if not self._make_room(tier, spec.size_bytes):
+                        continue
+                try:
+                    return self._enlist(super().allocate(_placed(spec, tier), stream=stream), spec)
+                except TierFullError:  # the driver has less than the budget, or another thread was faster
+                    continue
+        return self._enlist(super().allocate(spec, stream=stream), spec)  # a hit, or the error with the account
+
+    def _enlist(self, plain: BufferEntry, spec: BufferSpec) -> TieredEntry:
+        entry = TieredEntry(plain._held.pop(), spec)
+        entry._record = record = Record(next(self._keys), entry, self._gone)
+        with self._lock:
+            self._records[record.key] = record
+            self._places[entry.tier].add(record.key)
+        return entry
+
+    def _grow(self, spec: BufferSpec) -> Ticket:
+        with self._lock:  # from the look at what is free to the promise, nobody else may ask for managed memory
+            managed = self._ledger.reserved[Tier.MANAGED]
+            if spec.tier is Tier.MANAGED or (managed and spec.tier is Tier.DEVICE):
+                info = _cuda.memory_info()
+                if info is not None and info[0] < managed + spec.size_bytes:
+                    raise TierFullError(
+                        f"{spec} asks for {spec.size_bytes} bytes of {spec.tier.value} memory; the card has {info[0]} "
+                        f"bytes free and {managed} of managed memory may need them"
+                    )
+                return super()._grow(spec)
+        return super()._grow(spec)
+
+    def _step_collect(self, tier: Tier, nbytes: int) -> str | None:
+        """The ladder's third step, reached where the driver has less than the budget: demote; else as in any pool."""
+        with self._lock:
+            victims = [] if _cuda.captures else self._victims(tier, nbytes)
+            evicted = bool(victims) and self._evict(victims)
+        if not evicted:
+            return super()._step_collect(tier, nbytes)
+        return f"{len(victims)} buffers demoted, {self._step_trim(tier, nbytes)}"
+
+    def _trim_tier(self, tier: Tier, nbytes: int) -> int:
+        room = self._ledger.room(tier)
+        if room is not None and room < nbytes:  # memory of another tier would make no room in this one's budget
+            return self._free_idle(nbytes - room, (tier,))
+        return super()._trim_tier(tier, nbytes)
+
+    # -------------------------------------------------------------------------------------------------------- use
+
+    @contextlib.contextmanager
+    def use(
+        self, entries: Iterable[TieredEntry], *, stream: Any, write: bool = True, in_place: bool = True
+    ) -> Iterator[list[Any]]:
+        """Lease buffers for work on one stream: promoted where that pays, and unmovable until that work is done.
+
+        Parameters
+        ----------
+        entries
+            Buffers of this pool, each once.
+        stream
+            Where the work that uses them is queued, within the ``with``. It waits for the moves, and for earlier uses
+            on other streams. None: the pool's own stream.
+        write
+            Whether that work writes any of them. Of buffers that are only read, what was promoted keeps its copy below
+            as long as there is room for it, so that demoting it costs nothing.
+        in_place
+            Whether a buffer may stay in managed or pinned memory, where kernels reach it over the bus: because there
+            is no room, or because it is worth less than what would have to go. False: all must come to device memory.
+
+        Yields
+        ------
+        arrays : list
+            The buffers as kernel arguments, in the order of `entries`, valid until the end of the ``with``.
+
+        Raises
+        ------
+        TierFullError
+            `in_place` is False and there is no room.
+        BusyError
+            `in_place` is False, and a buffer is fixed, or in another use, outside device memory.
+        CaptureError
+            A buffer would have to move, and a graph is being captured.
+
+        Notes
+        -----
+        The host may read or write what is in pinned or managed memory after it has waited for the stream.
+        Cost: one event, a wait for each buffer last used on another stream, and at most two launches: victims going
+        down, buffers coming up.
+        """
+        chosen = self._mine(entries)
+        wrapped = self._mover.stream if stream is None else _cuda.as_stream(stream)
+        capturing = threading.get_ident() in _cuda.captures
+        with self._lock, contextlib.ExitStack() as undo:
+            self._refuse_closed()
+            undo.enter_context(self._claimed(chosen))
+            for entry in chosen:
+                if not entry._record.fixed:
+                    self.policy.touch(entry._record.key, entry.nbytes, write=write)
+            self._bring_up(chosen, insist=not in_place, judge=in_place)
+            if not capturing:
+                for entry in chosen:
+                    self._order_after(entry, wrapped)
+            claims = undo.pop_all()  # they last until the end of the lease
+            for entry in chosen:
+                if write:
+                    self._drop_copy(entry._record)
+                if entry.tier is not Tier.DEVICE:
+                    self._moved["in_place"] += 1
+                entry._state = BufferState.IN_USE
+                entry.last_used = time.monotonic()
+                entry.use_count += 1
+            seen = [entry._record.mark for entry in chosen]
+        try:
+            yield [entry.device_array for entry in chosen]
+        finally:
+            with self._lock, claims:
+                if not capturing or threading.get_ident() not in _cuda.captures:
+                    self._mark_use(chosen, seen, wrapped)
+
+    def _mark_use(self, entries: Sequence[TieredEntry], seen: Sequence[Mark | None], stream: Any) -> None:
+        """Put one mark behind a lease's work, and behind that of leases on other streams that ended meanwhile."""
+        after = None
+        try:
+            if entries and threading.get_ident() not in _cuda.captures:  # one begun within the lease takes the event
+                for entry, mark in zip(entries, seen, strict=True):
+                    if entry._record.mark is not mark:
+                        self._order_after(entry, stream)
+                after = Mark(stream, self._mover.spare)
+        except Exception:  # without a mark, who comes next asks the block for its users, and orders itself after them
+            pass
+        for entry in entries:
+            block = entry._held[0].block
+            entry._record.mark = after
+            block.users = (stream,) if after is not None else (*block.users, stream)
+            block.plain = False
+
+    def _order_after(self, entry: TieredEntry, stream: Any) -> None:
+        """Put later work on `stream` behind all queued work on the buffer."""
+        mark, block = entry._record.mark, entry._held[0].block
+        if mark is not None:
+            mark.wait(stream)
+            return
+        users = block.users or ((self._own(),) if block.tier is Tier.DEVICE else ())
+        try:
+            self._order([(user, None) for user in users], stream)
+        except Exception:  # a stream that takes no mark any more: wait for everything, as a release does
+            _cuda.synchronize()
+
+    # ----------------------------------------------------------------------------------------------- moves by hand
+
+    def promote(self, entries: Iterable[TieredEntry]) -> None:
+        """Bring buffers to device memory, all of them or none; colder ones make room.
+
+        Raises
+        ------
+        TierFullError
+            There is no room and none can be made.
+        BusyError
+            One of them is fixed, or in a use, outside device memory.
+        CaptureError
+            A graph is being captured.
+
+        Notes
+        -----
+        Streams: queued on the pool's own stream; returns at once.
+        """
+        chosen = self._mine(entries)
+        with self._lock, self._claimed(chosen):
+            self._refuse_closed()
+            self._bring_up(chosen, insist=True, judge=False)
+
+    def prefetch(self, entries: Iterable[TieredEntry], *, stream: Any = None) -> None:
+        """Begin to bring buffers to device memory ahead of their use, as far as there is room; a hint, never an error.
+
+        Parameters
+        ----------
+        entries
+            Buffers of this pool; those that are fixed or in use are left alone.
+        stream
+            Made to wait for the moves, where that is wanted before the `use`, which does so in any case.
+        """
+        chosen = self._mine(entries)
+        wrapped = None if stream is None else _cuda.as_stream(stream)
+        with self._lock, self._claimed(chosen):
+            self._refuse_closed()
+            if not _cuda.captures:
+                self._bring_up(chosen, insist=False, judge=False)
+                for entry in chosen if wrapped is not None else ():
+                    self._order_after(entry, wrapped)
+
+    def demote(self, entries: Iterable[TieredEntry], *, tier: Tier | None = None) -> None:
+        """Send buffers down, all of them or none: to `tier`, or to the next one below with room.
+
+        Buffers that are at or below `tier` already stay. Under a live graph, a buffer's memory stays the graph's.
+        Raises and notes as for `promote`.
+        """
+        chosen = self._mine(entries)
+        tier = None if tier is None else Tier(tier)
+        with self._lock, self._claimed(chosen):
+            self._refuse_closed()
+            lower = [e for e in chosen if (tier in _below(e.tier) if tier else _below(e.tier))]
+            for entry in lower:
+                self._refuse_busy(entry)
+            self._transfer([(entry, tier) for entry in lower])
+
+    def tier_of(self, entry: TieredEntry) -> Tier:
+        """Return the tier that a buffer's contents are in, or on their way to."""
+        return entry.tier
+
+    def unfix(self, entries: Iterable[TieredEntry]) -> None:
+        """Let buffers move again: no address of them that was taken outside a `use` will be used any more.
+
+        Work that is queued already counts if it is on a stream that was named to the entry (`mark_in_use`,
+        `record_stream`, `allocate`), or, for device memory with no stream named, on the default stream.
+        """
+        for entry in self._mine(entries):
+            with self._lock:
+                entry._record.fixed, entry._record.mark = False, None
+
+    def _fix(self, entry: TieredEntry) -> None:
+        """Bring a buffer to the tier of its spec, for good: its address is about to be taken outside a lease."""
+        with self._lock, self._claimed([entry]):
+            record = entry._record
+            if record.fixed or record.uses > 1:  # another thread was faster
+                return
+            if record.mark is not None and _cuda.captures:
+                raise CaptureError(f"{entry!r} may be on the move: take its address, or use() it, before the capture")
+            if entry.tier is not entry.spec.tier:
+                self._refuse_closed()
+                self._transfer([(entry, entry.spec.tier)])
+            if record.mark is not None:
+                record.mark.synchronize()
+            elif entry.use_count and not _cuda.captures:  # a use that could not be marked
+                for user in entry._held[0].block.users:
+                    user.synchronize()
+            self._drop_copy(record)
+            record.fixed = True
+
+    def _mine(self, entries: Iterable[TieredEntry]) -> list[TieredEntry]:
+        chosen = list(entries)
+        for entry in chosen:
+            if not isinstance(entry, TieredEntry):
+                raise TypeError(f"{entry!r} is no entry of a hierarchical pool: give what its allocate returned")
+            if entry._block("used").pool() is not self:
+                raise ValueError(f"{entry!r} belongs to another pool")
+        if len({id(entry) for entry in chosen}) < len(chosen):
+            raise ValueError("an entry was given twice: give each once")
+        return chosen
+
+    @contextlib.contextmanager
+    def _claimed(self, entries: Iterable[TieredEntry]) -> Iterator[None]:
+        """Keep buffers from being moved or released by anybody else. Holds the lock.
+
+        The lock alone does not: pressure that arises inside a move picks its victims on the same thread, and so do
+        finalisers that the collector runs in the middle of it.
+        """
+        claimed = []
+        try:
+            for entry in entries:
+                entry._block("used")
+                entry._record.uses += 1
+                claimed.append(entry)
+            yield
+        finally:
+            for entry in claimed:
+                entry._record.uses -= 1
+
+    def _refuse_busy(self, entry: TieredEntry) -> None:
+        if entry._record.fixed:
+            raise BusyError(f"{entry!r} cannot move: its address was taken outside a use; unfix() it when that is over")
+        if entry._record.uses > 1:
+            raise BusyError(f"{entry!r} cannot move: a use of it is open; leave its with block first")
+
+    # ------------------------------------------------------------------------------------------------------- pressure
+
+    def _bring_up(self, entries: Sequence[TieredEntry], *, insist: bool, judge: bool) -> None:
+        """Promote claimed buffers: all of them, or (not `insist`) those that there is room for.
+
+        `judge`: ask the policy whether a buffer is worth its victims. One under a live graph has a place to go to, and
+        cannot be read in place: the graph knows one address only.
+        """
+        self._sweep()
+        wanted = []
+        for entry in entries:
+            must = insist or entry._record.home is not None
+            if entry.tier is not Tier.DEVICE:
+                if must:
+                    self._refuse_busy(entry)
+                    if _cuda.captures:
+                        raise CaptureError(f"{entry!r} must move to device memory: promote() it before the capture")
+                if not entry._record.fixed and entry._record.uses == 1 and not _cuda.captures:
+                    wanted.append(entry)
+        if not wanted:
+            return
+        room = self._room_in(Tier.DEVICE)
+        cold = self._cold(Tier.DEVICE)
+        victims: list[TieredEntry] = []
+        coming = []
+        for entry in wanted:
+            need = 0 if entry._record.home is not None else max(1, entry.nbytes)
+            going = []
+            while room < need and (victim := next(cold, None)) is not None:
+                going.append(victim)
+                room += victim._held[0].block.nbytes
+            fits = room >= need
+            asked = judge and bool(going)
+            if fits and (not asked or self.policy.admits(entry._record.key, [v._record.key for v in going])):
+                victims += going
+                coming.append(entry)
+                room -= need
+                continue
+            if insist:
+                raise TierFullError(
+                    f"{entry!r} does not fit device memory: its {need} bytes, the budget of "
+                    f"{self._ledger.limit(Tier.DEVICE)} and what cannot be moved leave {room}. Leave other uses first, "
+                    "ask for fewer buffers at once, or raise device_bytes"
+                )
+            self._moved["refused"] += fits
+            room -= sum(victim._held[0].block.nbytes for victim in going)
+            cold = itertools.chain(going, cold)
+        try:
+            self._transfer([(victim, None) for victim in victims])
+            self._transfer([(entry, Tier.DEVICE) for entry in coming])
+        except Exception as error:
+            if insist or not _cuda.is_out_of_memory(error) or any(e._record.home is not None for e in coming):
+                raise
+
+    def _make_room(self, tier: Tier, nbytes: int) -> bool:
+        """Demote until `nbytes` more fit the budget of a tier; whether they do. Holds the lock; no capture is open."""
+        need = max(1, nbytes)
+        room = self._ledger.room(tier)
+        if room is not None and room >= need:
+            return True
+        self._sweep()
+        self._settle()
+        missing = need - self._room_in(tier)
+        if missing <= 0:
+            return True
+        victims = self._victims(tier, missing)
+        if tier is Tier.PINNED:
+            self._drop_copies(missing)
+        elif victims:
+            self._evict(victims)
+        if self._room_in(tier) < need and self._room_in(tier, pending=True) >= need:
+            self._finish_pending()
+        return self._room_in(tier) >= need
+
+    def _room_in(self, tier: Tier, *, pending: bool = False) -> int:
+        """Bytes that can be had in a tier without moving anything, or by waiting for what is `pending`."""
+        idle = sum(ticket.block.nbytes for ticket in self._idle_tickets() if ticket.block.tier is tier)
+        if pending:
+            lines = self._pending.values()
+            idle += sum(ticket.block.nbytes for line in lines for ticket in line if ticket.block.tier is tier)
+        room = self._ledger.room(tier)
+        assert room is not None
+        return room + idle
+
+    def _finish_pending(self) -> None:
+        """Wait for the work on released memory that only the end of that work frees."""
+        for line in list(self._pending.values()):
+            for ticket in list(line):
+                for _, event in ticket.block.events:
+                    event.synchronize()
+        self._settle()
+
+    def _cold(self, tier: Tier) -> Iterator[TieredEntry]:
+        """The movable buffers of a tier whose going would free memory, coldest first."""
+        for key in self.policy.coldest(list(self._places[tier])):
+            record = self._records.get(key)  # a finaliser may release an entry at any time, on this thread too
+            entry = None if record is None else record.entry()
+            if entry is not None and entry.movable and not entry._held[0].block.pinned_by_graph:
+                yield entry
+
+    def _victims(self, tier: Tier, missing: int) -> list[TieredEntry]:
+        """The coldest buffers of a tier that have `missing` bytes together; none if all of them have not."""
+        victims = []
+        for entry in self._cold(tier) if _below(tier) else ():
+            victims.append(entry)
+            missing -= entry._held[0].block.nbytes
+            if missing <= 0:
+                return victims
+        return []
+
+    def _evict(self, victims: Sequence[TieredEntry]) -> bool:
+        """Demote buffers; False, with nothing changed, where the tiers below have no room for them."""
+        try:
+            self._transfer([(victim, None) for victim in victims])
+        except Exception as error:
+            if not _cuda.is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _drop_copies(self, nbytes: int) -> None:
+        """Give up clean copies until `nbytes` of pinned memory are on their way back."""
+        for key in list(self._places[Tier.DEVICE]):
+            record = self._records.get(key)
+            if nbytes <= 0 or record is None:
+                continue
+            if record.copy is not None and record.copy.block.tier is Tier.PINNED and not record.uses:
+                nbytes -= record.copy.block.nbytes
+                self._drop_copy(record)
+
+    def _drop_copy(self, record: Record) -> None:
+        if record.copy is not None:
+            self._retire(record.copy)
+            record.copy = None
+
+    def _sweep(self) -> None:
+        """See to the buffers that were lost, and to memory that was under graphs which are closed by now."""
+        while self._gone:
+            record = self._records.get(self._gone.popleft())
+            if record is not None:
+                self._forget(record)
+        for key in list(self._homes):
+            record = self._records.get(key)
+            if record is not None and record.home is not None and not record.home.block.pinned_by_graph:
+                self._leave_home(record)
+
+    def _forget(self, record: Record) -> None:
+        """A buffer was released or lost: let go of what the pool holds for it."""
+        if self._records.pop(record.key, None) is None:
+            return
+        self.policy.forget(record.key)
+        for keys in self._places.values():
+            keys.discard(record.key)
+        self._drop_copy(record)
+        self._leave_home(record)
+
+    def _leave_home(self, record: Record) -> None:
+        if record.home is not None:
+            self._retire(record.home)
+            record.home = None
+            self._homes.discard(record.key)
+
+    # ------------------------------------------------------------------------------------------------- one transaction
+
+    def _transfer(self, wanted: Sequence[tuple[TieredEntry, Tier | None]]) -> None:
+        """Move buffers, each to a tier or (None) to the next one below with room: all of them or none.
+
+        Reserve, launch, mark, swap, release. What fails before the swap leaves every buffer where it was: the targets
+        go back, and the mover has waited for whatever it had queued into them. From the swap on nothing fails.
+        """
+        if not wanted:
+            return
+        if _cuda.captures:
+            raise CaptureError("buffers cannot move while a graph is captured: promote() or demote() them before it")
+        plan: list[tuple[TieredEntry, Ticket, bool]] = []  # entry, its next ticket, whether that was made for it
+        with self._claimed([entry for entry, _ in wanted]):
+            try:
+                for entry, tier in wanted:
+                    plan.append((entry, *self._target(entry, tier)))
+                copied = [(entry, new) for entry, new, _ in plan if new is not entry._record.copy]
+                for entry, _ in copied:
+                    self._order_after(entry, self._mover.stream)
+                moves = [Move(entry._held[0].block, new.block, entry.nbytes) for entry, new in copied]
+                mark = self._mover.run(moves) if moves else None
+            except BaseException:
+                for _, new, made in plan:
+                    if made:
+                        self._retire(new)
+                raise
+            for entry, new, _ in plan:
+                self._swap(entry, new, mark)
+
+    def _target(self, entry: TieredEntry, tier: Tier | None) -> tuple[Ticket, bool]:
+        """The memory that a buffer is to move to, and whether it was taken from the pool for that."""
+        record = entry._record
+        down = tier is None or tier in _below(entry.tier)
+        if down and record.copy is not None and (tier is None or tier is record.copy.block.tier):
+            return record.copy, False
+        if not down and record.home is not None and tier is record.home.block.tier:
+            return record.home, False
+        if tier is None:
+            lower = _below(entry.tier)
+            tier = next((t for t in lower[:-1] if self._room_in(t) >= max(1, entry.nbytes)), lower[-1])
+        return self._obtain(_placed(entry.spec, tier)), True
+
+    def _obtain(self, spec: BufferSpec) -> Ticket:
+        """Take memory from the pool for work on the mover's stream. Pressure here may move what is not claimed."""
+        stream = self._mover.stream
+        ticket, kind = self._find(spec, stream)
+        if ticket is None:
+            if not self._make_room(spec.tier, spec.size_bytes):
+                raise TierFullError(
+                    f"no room for {spec}: {self._room_in(spec.tier)} of {self._ledger.limit(spec.tier)} bytes are "
+                    "free, and not enough of the rest can move. Release buffers, or raise the budget"
+                )
+            ticket, kind = self._find(spec, stream)
+        if ticket is None:
+            ticket, kind = self._grow_or_trim(spec), "miss"
+        block = ticket.block
+        block.generation += 1
+        block.users = (stream,)
+        block.plain = False
+        if kind != "exact_hit":
+            self._counts["misses" if kind == "miss" else "class_hits"] += 1
+        if self._observed:
+            self._observe(kind, block)
+        return ticket
+
+    def _swap(self, entry: TieredEntry, new: Ticket, mark: Mark | None) -> None:
+        record, old = entry._record, entry._held[0]
+        up = ORDER.index(new.block.tier) < ORDER.index(old.block.tier)
+        clean = new is record.copy
+        entry._held[0] = new
+        self._places[old.block.tier].discard(record.key)
+        self._places[new.block.tier].add(record.key)
+        if not clean:
+            record.mark = mark
+            new.block.users = old.block.users = (self._mover.stream,)
+        new.block.plain = old.block.plain = False
+        record.copy = None if clean else record.copy
+        if new is record.home:
+            record.home = None
+            self._homes.discard(record.key)
+        self._moved["promotions" if up else "demotions"] += 1
+        self._moved["clean_demotions"] += clean
+        if not up and old.block.pinned_by_graph:
+            record.home = old
+            self._homes.add(record.key)
+        elif up and new.block.tier is Tier.DEVICE:
+            record.copy = old
+        else:
+            self._drop_copy(record)
+            self._retire(old)
+
+    def _retire(self, ticket: Ticket) -> None:
+        """Release memory that an entry needs no more. Cannot fail: what cannot be marked now is tried again later."""
+        block = ticket.block
+        block.plain = False
+        try:
+            self._put_back(ticket, block)
+        except Exception:
+            self._parked.append(ticket)
+        if self._observed:
+            self._observe("release", block)
+
+    # ------------------------------------------------------------------------------------------------- observation, end
+
+    def stats(self) -> HierarchyStats:
+        """Return one consistent snapshot: all its figures are of one moment."""
+        with self._lock:
+            if not _cuda.captures:
+                self._sweep()
+            base = super().stats()
+            tiers = {tier: len(keys) for tier, keys in self._places.items()}
+            mover = self.__dict__.get("_mover")  # made at the first move
+            shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+            return HierarchyStats(
+                **shared | self._moved,
+                launches=mover.launches if mover else 0,
+                moved_bytes=mover.moved_bytes if mover else 0,
+                buffers_by_tier=MappingProxyType(tiers),
+            )
+
+    def check(self) -> None:
+        """Assert the pool's invariants; the message of a failure holds the pool's whole state."""
+        super().check()
+        with self._lock:
+            seen: set[int] = set()
+            for record in self._records.values():
+                entry = record.entry()
+                held = [ticket for ticket in (record.copy, record.home) if ticket is not None]
+                if entry is not None and entry._held:
+                    assert entry._record is record, f"{entry!r} has another entry's record"
+                    held.append(entry._held[0])
+                    assert record.copy is None or entry.tier is Tier.DEVICE, f"{entry!r} has a copy below {entry.tier}"
+                    assert record.copy is None or not record.fixed, f"{entry!r} is fixed and has a copy"
+                    assert not record.fixed or entry.tier is entry.spec.tier, f"{entry!r} is fixed in {entry.tier}"
+                    assert record.home is None or entry.tier is not Tier.DEVICE, f"{entry!r} is at home twice"
+                    assert record.key in self._places[entry.tier], f"{entry!r} is noted in another tier"
+                assert (record.home is not None) == (record.key in self._homes), f"{entry!r} is noted otherwise"
+                assert record.uses >= 0, f"{entry!r} has {record.uses} uses"
+                for ticket in held:
+                    assert ticket.block in self._blocks, f"{ticket.block} of {entry!r} is not the pool's"
+                    assert id(ticket.block) not in seen, f"{ticket.block} is held twice"
+                    seen.add(id(ticket.block))
+            assert sum(map(len, self._places.values())) == len(self._records), f"{self._places} of {len(self._records)}"
+            for ticket in (*self._idle_tickets(), *self._parked, *(t for line in self._pending.values() for t in line)):
+                assert id(ticket.block) not in seen, f"{ticket.block} is idle and held"
+
+    def close(self) -> None:
+        """Give up clean copies and idle memory, and refuse further leases, uses and moves.
+
+        Leased buffers stay valid where they are, until released. Idempotent. CaptureError while a capture is open.
+        """
+        with self._lock:
+            self._refuse_capture("close")
+            for record in list(self._records.values()):
+                self._drop_copy(record)
+            super().close()
+
+    def __repr__(self) -> str:
+        state = "closed, " if self.closed else ""
+        return f"<HierarchicalBufferPool {state}{len(self._blocks)} buffers, {self._ledger.total} bytes>"

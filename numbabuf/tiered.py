@@ -1,0 +1,151 @@
+"""TieredEntry: a leased buffer whose contents may move between tiers, and what its pool remembers of it.
+
+Moves nothing: it says where the contents are, and sees to it that they stay there once somebody holds their address.
+Sits above `moves`, below `hierarchy`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import deque
+from typing import Any
+
+from .entry import BufferEntry
+from .errors import BusyError
+from .memory import Ticket
+from .moves import Mark
+from .spec import BufferSpec, Tier
+
+__all__ = ["Record", "TieredEntry"]
+
+
+class Record:
+    """What the pool knows of a buffer, but for its ticket: the entry alone holds that, so that its loss is noticed.
+
+    Attributes
+    ----------
+    key : int
+        What the policy knows it by.
+    entry : weakref
+        When the entry dies, `key` is left in the pool's deque.
+    uses : int
+        Open leases and moves under way; above 0 nobody else may move or release the buffer.
+    fixed : bool
+        The caller has taken its address outside a lease.
+    copy : Ticket or None
+        The same contents further down; only while the buffer is in device memory.
+    home : Ticket or None
+        Memory under a live graph that the buffer was demoted from and must come back to.
+    mark : Mark or None
+        After which all queued work on the buffer is done. None: after the work of its block's users.
+    """
+
+    __slots__ = ("copy", "entry", "fixed", "home", "key", "mark", "uses")
+
+    def __init__(self, key: int, entry: TieredEntry, gone: deque[int]) -> None:
+        self.key = key
+        self.entry = weakref.ref(entry, lambda _, append=gone.append: append(key))  # type: ignore[misc]
+        self.uses = 0
+        self.fixed = False
+        self.copy: Ticket | None = None
+        self.home: Ticket | None = None
+        self.mark: Mark | None = None
+
+
+class TieredEntry(BufferEntry):
+    """A leased buffer whose contents may move between tiers. Made by `HierarchicalBufferPool.allocate`.
+
+    Within ``with pool.use([entry], stream=...)`` it stays where it is. Outside, the pool may move it, and whoever takes
+    its `array`, `address`, `device_array` or ``__cuda_array_interface__`` there, or names a stream of their own for it,
+    fixes it: it is brought to the tier of its spec, the host waits for the moves of it, and there it stays, until it is
+    released or `HierarchicalBufferPool.unfix` is told that the address is not used any more. So a program that knows
+    nothing of tiers finds addresses as constant as in any other pool, and orders its own work as there.
+
+    Attributes
+    ----------
+    spec : BufferSpec
+        As it was asked for. Its tier is the one preferred, `tier` the one the contents are in.
+    """
+
+    __slots__ = ("_record",)
+
+    _record: Record
+
+    def __init__(self, ticket: Ticket, spec: BufferSpec) -> None:
+        super().__init__(ticket)
+        self.spec = spec
+        del self.array  # left unset, so that whoever asks for it comes to `__getattr__`
+
+    def __getattr__(self, name: str) -> Any:
+        """Find `array` where it is now; outside a lease, fix it there first."""
+        if name == "array" and self._held:
+            self._fix()
+            return self._held[0].block.array
+        return super().__getattr__(name)
+
+    def _fix(self) -> None:
+        block = self._block("used")
+        pool = block.pool()
+        if pool is not None and not self._record.fixed and not self._record.uses:
+            pool._fix(self)
+
+    @property
+    def tier(self) -> Tier:
+        """The tier the contents are in; after the release, that of the spec."""
+        held = self._held
+        return held[0].block.tier if held else self.spec.tier
+
+    @property
+    def movable(self) -> bool:
+        """Whether the pool may move the buffer: no lease is open, and its address was not taken."""
+        return bool(self._held) and not self._record.fixed and not self._record.uses
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, as kernels see it. Outside a lease this fixes the buffer."""
+        self._fix()
+        return super().address
+
+    @property
+    def device_array(self) -> Any:
+        """The buffer as a kernel argument, on any stream. Outside a lease this fixes the buffer."""
+        self._fix()
+        return super().device_array
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """Version 3 of the interface. Outside a lease this fixes the buffer."""
+        self._fix()
+        return super().__cuda_array_interface__
+
+    def mark_in_use(self, *, stream: Any = None) -> None:
+        """Say that work queued on `stream` uses the buffer. Outside a lease this fixes it."""
+        self._fix()
+        super().mark_in_use(stream=stream)
+
+    def record_stream(self, stream: Any) -> None:
+        """Name a further stream whose queued work uses the buffer. Outside a lease this fixes it."""
+        self._fix()
+        super().record_stream(stream)
+        self._record.mark = None  # what is queued on that stream is behind no mark: ask the block for its users
+
+    def __repr__(self) -> str:
+        where = f" in {self.tier.value}" if self._held else ""
+        return f"<TieredEntry {self.spec} {self.state.value}{where}>"
+
+    def release(self, *, stream: Any = None) -> None:
+        """End the lease, as in any pool; BusyError while a `use` of the buffer is open."""
+        pool = self._block("released").pool()
+        with contextlib.nullcontext() if pool is None else pool._lock:
+            record = self._record
+            if record.uses:
+                raise BusyError(f"{self.spec} was released while a use of it is open: leave its with block first")
+            self.array = None  # for the base, which deletes it
+            try:
+                super().release(stream=stream)
+            except BaseException:
+                del self.array
+                raise
+            if pool is not None:
+                pool._forget(record)

@@ -1,0 +1,709 @@
+"""HierarchicalBufferPool: the pool contract, and what it adds: tiers, moves, leases, pressure, graphs."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+from pool_contract import PoolContract
+
+from numbabuf import _cuda, hierarchy
+from numbabuf._cuda import cuda
+from numbabuf.errors import BusyError, CaptureError, ClosedError, StaleBufferError, TierFullError
+from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.manager import InputBufferManager
+from numbabuf.policies import Frequency
+from numbabuf.spec import BufferSpec, BufferState, Tier
+
+MIB = 1 << 20
+
+
+@cuda.jit
+def doubled(source, out):
+    """out[: source.size] = 2 * source"""
+    for i in range(cuda.grid(1), source.size, cuda.gridsize(1)):
+        out[i] = 2 * source[i]
+
+
+@cuda.jit
+def set_all(array, value):
+    """array[:] = value"""
+    for i in range(cuda.grid(1), array.size, cuda.gridsize(1)):
+        array[i] = value
+
+
+class TestHierarchicalBufferPool(PoolContract):
+    """No user of a plain pool notices the tiers."""
+
+    def make_pool(self, *, max_bytes=64 * MIB, max_pinned_bytes=64 * MIB, **options):
+        return HierarchicalBufferPool(
+            device_bytes=max_bytes, managed_bytes=max_bytes, pinned_bytes=max_pinned_bytes, **options
+        )
+
+
+@pytest.fixture
+def make():
+    """Makes small pools; each is checked at the end."""
+    pools = []
+
+    def make(device=4096, pinned=16384, managed=0, **options):
+        pools.append(HierarchicalBufferPool(device_bytes=device, pinned_bytes=pinned, managed_bytes=managed, **options))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.check()
+
+
+@pytest.fixture
+def stream():
+    return _cuda.as_stream(None)
+
+
+def spec(size, tier=Tier.DEVICE):
+    return BufferSpec(size, "uint8", tier)
+
+
+def write(pool, entry, value, stream):
+    with pool.use([entry], stream=stream) as (array,):
+        _cuda.launch(set_all, 1, 1, stream, array, value)
+
+
+def read(pool, entry, stream):
+    with pool.use([entry], stream=stream, write=False) as (array,):
+        found = array.copy_to_host(stream=stream.numba)
+    stream.synchronize()
+    return found
+
+
+def settled(stats):
+    """What a failed step must leave as it was."""
+    return {
+        name: getattr(stats, name)
+        for name in (
+            "in_use_bytes",
+            "in_use_count",
+            "promotions",
+            "demotions",
+            "in_place",
+            "moved_bytes",
+            "buffers_by_tier",
+        )
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"device": -1}, ValueError, "device_bytes is -1"),
+        ({"managed": -1}, ValueError, "managed_bytes is -1"),
+        ({"device": 1.5}, TypeError, "whole number"),
+        ({"policy": "clever"}, ValueError, "frequency, lru"),
+        ({"policy": 3}, TypeError, "Policy"),
+        ({"on_oom": 3}, TypeError, "on_oom"),
+    ],
+)
+def test_wrong_arguments(options, error, text):
+    budgets = {"device_bytes": 1, "pinned_bytes": 1}
+    budgets.update({f"{key}_bytes" if key in ("device", "managed") else key: value for key, value in options.items()})
+    with pytest.raises(error, match=text):
+        HierarchicalBufferPool(**budgets)
+
+
+def test_only_this_pools_live_entries_are_taken(make, stream):
+    pool, other = make(), make()
+    mine, theirs, dead = pool.allocate(spec(8)), other.allocate(spec(8)), pool.allocate(spec(8))
+    dead.release()
+    calls = [
+        lambda entries: pool.use(entries, stream=stream).__enter__(),
+        pool.promote,
+        pool.demote,
+        pool.prefetch,
+        pool.unfix,
+    ]
+    for call in calls:
+        for entries, error in (
+            ([theirs], ValueError),
+            ([mine, mine], ValueError),
+            ([dead], StaleBufferError),
+            ([3], TypeError),
+        ):
+            with pytest.raises(error):
+                call(entries)
+    with pytest.raises(TypeError, match="no stream"):
+        pool.use([mine], stream="stream").__enter__()
+    assert mine.movable and mine._record.uses == 0
+    mine.release()
+    theirs.release()
+
+
+# ------------------------------------------------------------------------------------------------------------ placing
+
+
+def test_pressure_demotes_the_coldest(make, stream):
+    pool = make(policy="lru")
+    a, b, c = (pool.allocate(spec(2048)) for _ in "abc")
+    assert [e.tier for e in (a, b, c)] == [Tier.PINNED, Tier.DEVICE, Tier.DEVICE], (
+        "c made a go: the coldest of two unused"
+    )
+    write(pool, b, 1, stream)
+    write(pool, c, 2, stream)
+    write(pool, b, 3, stream)
+    d = pool.allocate(spec(1000))
+    assert (b.tier, c.tier, d.tier) == (Tier.DEVICE, Tier.PINNED, Tier.DEVICE)
+    assert (read(pool, b, stream) == 3).all() and (read(pool, c, stream) == 2).all()
+
+
+def test_where_nothing_can_go_the_next_tier_is_taken(make):
+    pool = make(device=1024, managed=1024, pinned=1024)
+    fixed = pool.allocate(spec(1024))
+    assert fixed.array.size == 1024
+    entries = [pool.allocate(spec(1024)) for _ in range(2)]
+    assert [entry.tier for entry in entries] == [Tier.PINNED, Tier.MANAGED], "there too the colder makes room"
+
+
+def test_the_last_tier_full_is_an_error_with_the_account(make):
+    pool = make(device=1024, pinned=1024)
+    held = [pool.allocate(spec(1024)) for _ in range(2)]
+    before = settled(pool.stats())
+    for tier in (Tier.DEVICE, Tier.PINNED, Tier.MANAGED):
+        with pytest.raises(TierFullError, match=f"{tier.value} memory and there is no room"):
+            pool.allocate(spec(1024, tier))
+    assert settled(pool.stats()) == before
+    assert {entry.tier for entry in held} == {Tier.DEVICE, Tier.PINNED}
+
+
+def test_a_demotion_goes_to_managed_memory_while_there_is_room(make, stream):
+    pool = make(device=1024, managed=1024)
+    a, b, c = (pool.allocate(spec(1024)) for _ in "abc")
+    assert (a.tier, b.tier, c.tier) == (Tier.MANAGED, Tier.PINNED, Tier.DEVICE)
+    pool.demote([a])
+    pool.demote([a])
+    assert pool.tier_of(a) is Tier.PINNED
+
+
+def test_managed_memory_is_never_more_than_the_card_has_free(make, monkeypatch):
+    pool = make(device=1 << 20, managed=1 << 20)
+    free = 10_000
+    monkeypatch.setattr(_cuda, "memory_info", lambda: (free, 1 << 30))
+    held = [pool.allocate(spec(4096, Tier.MANAGED)) for _ in range(3)]
+    assert [entry.tier for entry in held] == [Tier.PINNED, Tier.MANAGED, Tier.MANAGED], "one made room"
+    for refused in (spec(4096, Tier.MANAGED), spec(2000, Tier.DEVICE)):  # the managed may come to need what is free
+        with pytest.raises(TierFullError, match="do not fit"):
+            pool.reserve([refused])
+    pool.reserve([spec(1000, Tier.DEVICE)])
+
+
+def test_the_ladder_demotes_where_the_driver_has_less_than_the_budget(make, monkeypatch, stream):
+    pool = make(device=1 << 20)
+    held = [pool.allocate(spec(1024)) for _ in range(3)]
+    empty, asked = _cuda.empty_device, []
+
+    def two_at_most(nbytes):
+        asked.append(nbytes)
+        if pool._ledger.reserved[Tier.DEVICE] >= 3072:
+            raise MemoryError("the driver has no more")
+        return empty(nbytes)
+
+    monkeypatch.setattr(_cuda, "empty_device", two_at_most)
+    entry = pool.allocate(spec(1000))
+    assert entry.tier is Tier.DEVICE and pool.stats().demotions == 1 and pool.stats().oom.trim == 1
+    assert len(asked) >= 2 and [e.tier for e in held].count(Tier.PINNED) == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- leases
+
+
+def test_a_lease_promotes_and_holds(make, stream):
+    pool = make(device=2048)
+    a, b = pool.allocate(spec(2048)), pool.allocate(spec(2048))
+    write(pool, a, 7, stream)
+    assert a.tier is Tier.DEVICE
+    with pool.use([b], stream=stream, in_place=False) as (array,):
+        address = b.address
+        assert b.tier is Tier.DEVICE and not b.movable and array is b.device_array
+        for move in (pool.demote, pool.promote):
+            if move == pool.demote:
+                with pytest.raises(BusyError, match="use of it is open"):
+                    move([b])
+        with pytest.raises(TierFullError):
+            pool.promote([a])
+        with pytest.raises(BusyError, match="leave its with block"):
+            b.release()
+        with pool.use([a], stream=stream, write=False) as (in_place,):
+            assert a.tier is Tier.PINNED and in_place is not array
+        assert b.address == address
+    assert b.movable and (read(pool, a, stream) == 7).all()
+
+
+def test_states_and_counts_of_a_lease(make, stream):
+    pool = make()
+    entry = pool.allocate(spec(64))
+    with pool.use([entry], stream=stream):
+        assert entry.state is BufferState.IN_USE and entry.use_count == 1 and entry.last_used is not None
+    entry.release()
+    assert entry.state is BufferState.FREE
+
+
+def test_an_error_in_the_body_ends_the_lease(make, stream):
+    pool = make()
+    entry = pool.allocate(spec(64))
+    with pytest.raises(ZeroDivisionError), pool.use([entry], stream=stream):
+        raise ZeroDivisionError
+    assert entry.movable
+
+
+def test_a_clean_copy_makes_demotion_free(make, stream):
+    pool = make()
+    entry = pool.allocate(spec(1024, Tier.PINNED))
+    write(pool, entry, 5, stream)
+    pool.demote([entry])
+    before = pool.stats()
+    for _ in range(3):
+        with pool.use([entry], stream=stream, write=False, in_place=False):
+            pass
+        pool.demote([entry])
+    after = pool.stats()
+    assert after.clean_demotions - before.clean_demotions == 3 == after.launches - before.launches
+    assert after.moved_bytes - before.moved_bytes == 3 * 1024
+    with pool.use([entry], stream=stream, in_place=False) as (array,):
+        _cuda.launch(set_all, 1, 1, stream, array, 6)
+    pool.demote([entry])
+    assert pool.stats().clean_demotions == after.clean_demotions, "it was written: the copy would be stale"
+    assert (read(pool, entry, stream) == 6).all()
+
+
+def test_copies_give_way_to_buffers(make, stream):
+    pool = make(device=2048, pinned=2048)
+    entries = [pool.allocate(spec(1024, Tier.PINNED)) for _ in range(2)]
+    pool.promote(entries)
+    assert pool.stats().in_use_count == 4 and all(e._record.copy for e in entries)
+    more = pool.allocate(spec(2048, Tier.PINNED))
+    assert more.tier is Tier.PINNED and not any(e._record.copy for e in entries)
+
+
+def test_a_policy_refuses_what_is_worth_less_than_its_victims(make, stream):
+    pool = make(device=1024, policy=Frequency())
+    hot, cold = pool.allocate(spec(1024)), pool.allocate(spec(1024, Tier.PINNED))
+    for _ in range(3):
+        write(pool, hot, 1, stream)
+    write(pool, cold, 2, stream)
+    assert (hot.tier, cold.tier) == (Tier.DEVICE, Tier.PINNED)
+    assert pool.stats().refused == 1 == pool.stats().in_place
+    for _ in range(3):
+        write(pool, cold, 3, stream)
+    assert (hot.tier, cold.tier) == (Tier.PINNED, Tier.DEVICE)
+    assert (read(pool, hot, stream) == 1).all() and (read(pool, cold, stream) == 3).all()
+
+
+def test_a_lease_of_many_moves_in_two_batches(make, stream):
+    pool = make(device=8 * 256, policy="lru")
+    first, second = ([pool.allocate(spec(256)) for _ in range(8)] for _ in range(2))
+    for value, entry in enumerate(first + second):
+        write(pool, entry, value, stream)
+    before = pool.stats()
+    with pool.use(first, stream=stream):
+        pass
+    after = pool.stats()
+    assert all(e.tier is Tier.DEVICE for e in first) and all(e.tier is Tier.PINNED for e in second)
+    assert after.launches - before.launches == 2 and after.promotions - before.promotions == 8
+    assert [int(read(pool, entry, stream)[0]) for entry in first + second] == list(range(16))
+
+
+def test_what_must_come_up_and_does_not_fit_is_an_error(make, stream):
+    pool = make(device=2048)
+    a, b = pool.allocate(spec(2048)), pool.allocate(spec(2048))
+    before = settled(pool.stats())
+    for call in (lambda: pool.promote([a, b]), lambda: pool.use([a, b], stream=stream, in_place=False).__enter__()):
+        with pytest.raises(TierFullError, match="does not fit device memory"):
+            call()
+        assert settled(pool.stats()) == before and a.movable and b.movable
+    pool.prefetch([a, b])
+    with pool.use([a, b], stream=stream):
+        assert {a.tier, b.tier} == {Tier.DEVICE, Tier.PINNED}
+
+
+# -------------------------------------------------------------------------------------------------------------- fixing
+
+
+@pytest.mark.parametrize("take", ["array", "address", "device_array", "__cuda_array_interface__", "record", "mark"])
+@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.PINNED])
+def test_an_address_taken_outside_a_lease_stays(make, stream, take, tier):
+    pool = make(device=2048)
+    entry = pool.allocate(spec(2048, tier))
+    write(pool, entry, 9, stream)
+    (pool.demote if tier is Tier.DEVICE else pool.promote)([entry])
+    {
+        "record": lambda: entry.record_stream(stream),
+        "mark": lambda: entry.mark_in_use(stream=stream),
+    }.get(take, lambda: getattr(entry, take))()
+    assert entry.tier is tier and not entry.movable, "it is brought to where its spec says, and stays"
+    address = entry.address
+    move = pool.demote if tier is Tier.DEVICE else pool.promote
+    with pytest.raises(BusyError, match="unfix"):
+        move([entry])
+    other = pool.allocate(spec(2048))
+    with pool.use([other], stream=stream):
+        assert entry.address == address and (entry.tier, other.tier) == (
+            tier,
+            Tier.PINNED if tier is Tier.DEVICE else Tier.DEVICE,
+        )
+    assert (read(pool, entry, stream) == 9).all()
+    pool.unfix([entry])
+    move([entry])
+    assert entry.tier is not tier and (read(pool, entry, stream) == 9).all()
+
+
+def test_taking_an_address_in_a_lease_fixes_nothing(make, stream):
+    pool = make()
+    entry = pool.allocate(spec(64))
+    with pool.use([entry], stream=stream):
+        assert entry.array.size == 64 and entry.address and entry.device_array is not None
+    assert entry.movable
+
+
+def test_the_host_reads_a_fixed_buffer_at_once(make, stream):
+    pool = make()
+    entry = pool.allocate(spec(64, Tier.PINNED))
+    write(pool, entry, 3, stream)
+    pool.promote([entry])
+    assert isinstance(entry.array, np.ndarray) and (entry.array == 3).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ graphs
+
+
+@pytest.fixture
+def capture(stream):
+    """Captures a launch of `set_all` over an entry: (graph, pool) -> Graph."""
+    scratch = _cuda.device_view(_cuda.empty_device(8), 0, (8,), np.dtype(np.uint8))
+    _cuda.launch(set_all, 1, 1, stream, scratch, 0)
+    stream.synchronize()
+
+    def capture(pool, entry, value):
+        capture = _cuda.Capture(stream)
+        capture.begin()
+        try:
+            with pool.use([entry], stream=stream) as (array,):
+                _cuda.launch(set_all, 1, 1, stream, array, value)
+        except BaseException:
+            capture.abort()
+            raise
+        return capture.end()
+
+    return capture
+
+
+def test_a_buffer_under_a_live_graph_comes_back_to_its_address(make, stream, capture):
+    pool = make(device=2048)
+    entry = pool.allocate(spec(1024))
+    write(pool, entry, 1, stream)
+    stream.synchronize()
+    graph = capture(pool, entry, 2)
+    with pool.use([entry], stream=stream):
+        address = entry.address
+        graph.launch_on(stream.core)
+    reserved = pool.stats().reserved_by_tier[Tier.DEVICE]
+    pool.demote([entry])
+    assert entry.tier is Tier.PINNED and pool.stats().reserved_by_tier[Tier.DEVICE] == reserved, "nothing is freed"
+    assert pool.allocate(spec(1024)).tier is Tier.DEVICE, "nor handed out: there was room beside it"
+    with pool.use([entry], stream=stream, write=False):
+        assert entry.tier is Tier.DEVICE and entry.address == address, "every use brings it back: the graph reads there"
+        graph.launch_on(stream.core)
+    assert (read(pool, entry, stream) == 2).all()
+    pool.demote([entry])
+    stream.synchronize()
+    graph.close()
+    other = pool.allocate(spec(2048))
+    assert other.tier is Tier.DEVICE and entry.tier is Tier.PINNED, "with the graph the memory is free again"
+    assert (read(pool, entry, stream) == 2).all()
+
+
+def test_pressure_passes_over_what_a_graph_holds(make, stream, capture):
+    pool = make(device=2048, policy="lru")
+    bound, loose = pool.allocate(spec(1024)), pool.allocate(spec(1024))
+    write(pool, bound, 1, stream)
+    write(pool, loose, 2, stream)
+    stream.synchronize()
+    graph = capture(pool, bound, 3)
+    write(pool, loose, 2, stream)
+    assert pool.allocate(spec(1024)).tier is Tier.DEVICE
+    assert (bound.tier, loose.tier) == (Tier.DEVICE, Tier.PINNED)
+    stream.synchronize()
+    graph.close()
+
+
+def test_nothing_moves_during_a_capture(make, stream, capture):
+    pool = make(device=2048)
+    entry, below = pool.allocate(spec(1024)), pool.allocate(spec(1024, Tier.PINNED))
+    write(pool, below, 1, stream)
+    pool.demote([below])
+    stream.synchronize()
+    open_capture = _cuda.Capture(stream)
+    open_capture.begin()
+    try:
+        for call in (lambda: pool.promote([below]), lambda: pool.demote([entry]), lambda: below.array):
+            with pytest.raises(CaptureError):
+                call()
+        pool.prefetch([below])
+        with pytest.raises(CaptureError, match="promote"), pool.use([below], stream=stream, in_place=False):
+            pass
+        with pool.use([below], stream=stream):
+            assert below.tier is Tier.PINNED, "read in place"
+    finally:
+        open_capture.abort()
+    assert below.movable and entry.movable
+    assert (read(pool, below, stream) == 1).all()
+
+
+@pytest.mark.parametrize("last", ["lease", "capture"])
+def test_a_capture_begun_within_a_lease(make, stream, capture, last):
+    """The end of the lease marks nothing then: the event would become part of the graph."""
+    pool = make(device=2048)
+    entry = pool.allocate(spec(1024))
+    write(pool, entry, 1, stream)
+    stream.synchronize()
+    lease, within = pool.use([entry], stream=stream), _cuda.Capture(stream)
+    (array,) = lease.__enter__()
+    _cuda.launch(set_all, 1, 1, stream, array, 4)
+    within.begin()
+    if last == "capture":
+        lease.__exit__(None, None, None)
+    within.end().close()
+    if last == "lease":
+        lease.__exit__(None, None, None)
+    pool.demote([entry])
+    pool.promote([entry])
+    assert (read(pool, entry, _cuda.as_stream(None)) == 4).all() and entry.movable
+
+
+def test_a_use_that_cannot_be_marked_is_waited_for(make, stream, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(64, Tier.PINNED))
+    with monkeypatch.context() as patch, pool.use([entry], stream=stream) as (array,):
+        _cuda.launch(set_all, 1, 1, stream, array, 8)
+        patch.setattr(hierarchy, "Mark", lambda *_: (_ for _ in ()).throw(RuntimeError("no event")))
+    assert entry._record.mark is None and entry.movable
+    pool.demote([entry])
+    assert (read(pool, entry, _cuda.as_stream(None)) == 8).all() and (entry.array == 8).all()
+
+
+# --------------------------------------------------------------------------------------------------------- transactions
+
+
+@pytest.mark.parametrize("failing", ["launch", "Event", "empty_pinned"])
+def test_a_failed_move_leaves_everything_where_it_was(make, stream, monkeypatch, failing):
+    pool = make()
+    entries = [pool.allocate(spec(1024)) for _ in range(3)]
+    for value, entry in enumerate(entries):
+        write(pool, entry, value, stream)
+    stream.synchronize()
+    pool._mover.spare.clear()
+    before, places = settled(pool.stats()), [entry._held[0].block.address for entry in entries]
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda, failing, lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+        with pytest.raises(RuntimeError, match="no"):
+            pool.demote(entries)
+    assert settled(pool.stats()) == before and [e._held[0].block.address for e in entries] == places
+    assert all(entry.movable for entry in entries)
+    pool.check()
+    gc.collect()
+    pool.demote(entries)
+    assert pool.stats().lost == 0, "the targets went back by hand, not by their loss"
+    assert [int(read(pool, entry, stream)[9]) for entry in entries] == [0, 1, 2]
+
+
+def test_the_third_target_without_room_undoes_the_first_two(make, stream):
+    pool = make(device=4096, pinned=2048)
+    entries = [pool.allocate(spec(1024)) for _ in range(3)]
+    before = settled(pool.stats())
+    with pytest.raises(TierFullError, match="no room for"):
+        pool.demote(entries)
+    assert settled(pool.stats()) == before and all(entry.tier is Tier.DEVICE for entry in entries)
+    pool.check()
+    pool.demote(entries[:2])
+    assert pool.stats().lost == 0
+
+
+def test_memory_that_cannot_be_marked_is_taken_back_later(make, stream, monkeypatch):
+    """After the swap nothing may fail: what a release would have raised is put off."""
+    pool = make()
+    entry = pool.allocate(spec(1024))
+    write(pool, entry, 4, stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "_put_back", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+        pool.demote([entry])
+        assert entry.tier is Tier.PINNED and len(pool._parked) == 1
+        pool.check()
+    stream.synchronize()
+    assert pool.allocate(spec(4096)).tier is Tier.DEVICE, "the parked memory came home"
+    assert (read(pool, entry, stream) == 4).all()
+
+
+def test_a_finaliser_that_releases_in_the_middle_of_a_move_is_refused(make, stream, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(1024))
+    run, refused = pool._mover.run, []
+
+    def collected(moves):
+        try:
+            entry.release()
+        except BusyError:
+            refused.append(True)
+        return run(moves)
+
+    monkeypatch.setattr(pool._mover, "run", collected)
+    pool.demote([entry])
+    assert refused and entry.tier is Tier.PINNED
+    entry.release()
+
+
+# --------------------------------------------------------------------------------------------------------- lost, closed
+
+
+def test_a_lost_buffer_is_reclaimed_with_all_it_holds_and_reported_once(make, stream, caplog):
+    pool = make()
+    entry = pool.allocate(spec(1024, Tier.PINNED))
+    pool.promote([entry])
+    key = entry._record.key
+    write(pool, pool.allocate(spec(8)), 1, stream)
+    assert entry._record.copy is not None
+    caplog.clear()
+    del entry
+    gc.collect()
+    _cuda.synchronize()
+    stats = pool.stats()
+    assert (stats.in_use_count, stats.lost) == (0, 2) and key not in pool._records and key not in pool.policy.ranks
+    assert len([r for r in caplog.records if "dropped" in r.message]) == 2  # the other is the eight bytes
+
+
+def test_closing_drops_copies_and_leaves_buffers(make, stream):
+    pool = make()
+    entry = pool.allocate(spec(1024, Tier.PINNED))
+    write(pool, entry, 2, stream)
+    pool.demote([entry])
+    pool.promote([entry])
+    pool.close()
+    assert pool.stats().reserved_count == 1
+    for call in (
+        lambda: pool.promote([entry]),
+        lambda: pool.use([entry], stream=stream).__enter__(),
+        lambda: entry.array,
+    ):
+        with pytest.raises(ClosedError):
+            call()
+    entry.release()
+    pool.close()
+    assert pool.stats().reserved_bytes == 0
+
+
+def test_an_entry_outlives_its_pool(stream):
+    pool = HierarchicalBufferPool(device_bytes=1024, pinned_bytes=1024)
+    entry = pool.allocate(spec(64, Tier.PINNED))
+    write(pool, entry, 5, stream)
+    del pool
+    gc.collect()
+    stream.synchronize()
+    assert (entry.device_array.copy_to_host() == 5).all() and entry.array is entry.array
+    entry.release()
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+def test_threads_that_press_on_each_other(make):
+    """Every use of one thread makes another's buffers go; each finds in its own what it wrote."""
+    pool = make(device=2048, pinned=32768)
+    barrier, failures = threading.Barrier(3), []
+
+    def work(number):
+        try:
+            stream = _cuda.as_stream(None)
+            entries = [pool.allocate(spec(700)) for _ in range(3)]
+            for value, entry in enumerate(entries):
+                write(pool, entry, 10 * number + value, stream)
+            barrier.wait()
+            for turn in range(12):
+                entry = entries[turn % 3]
+                assert (read(pool, entry, stream) == 10 * number + turn % 3).all()
+                if turn % 4 == 0:
+                    pool.prefetch(entries[:2])
+                if turn % 5 == 0:
+                    pool.demote([entries[1]])
+            for entry in entries:
+                entry.release()
+        except BaseException as error:
+            failures.append(error)
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    pool.check()
+    assert pool.stats().in_use_count == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- manager
+
+
+def test_a_manager_works_over_it_unchanged(make):
+    pool = make(device=1 << 20, pinned=1 << 20)
+    others = [pool.allocate(spec(300_000)) for _ in range(3)]
+    with InputBufferManager(pool, max_batch_size=2, max_seq_len=32) as manager:
+        for tokens in (3, 17, 64):
+            views = manager.stage_inputs({"input_ids": np.arange(tokens), "positions": np.arange(tokens)}, tokens)
+            manager.synchronize()
+            assert views["input_ids"].copy_to_host()[:tokens].tolist() == list(range(tokens))
+            stream = _cuda.as_stream(None)
+            for other in others:  # pressure between the steps
+                write(pool, other, tokens, stream)
+        pool.check()
+    assert pool.stats().in_use_count == len(others)
+
+
+def test_a_managers_graphs_replay_between_moves(make):
+    pool = make(device=100_000, pinned=1 << 20, policy="lru")
+    out = _cuda.device_view(_cuda.empty_device(64 * 8), 0, (64,), np.dtype(np.int64))
+    others = [pool.allocate(spec(60_000)) for _ in range(3)]
+    stream = _cuda.as_stream(None)
+    with InputBufferManager(pool, max_batch_size=2, max_seq_len=32) as manager:
+
+        def double(step):
+            _cuda.launch(doubled, 1, 1, _cuda.as_stream(step.stream), step["input_ids"], out)
+
+        manager.capture_buckets(double, [16, 64])
+        for tokens in (3, 40, 16, 64, 7):
+            manager.replay({"input_ids": np.arange(tokens) + tokens}, tokens)
+            manager.synchronize()
+            assert out.copy_to_host()[:tokens].tolist() == (2 * (np.arange(tokens) + tokens)).tolist()
+            for value, other in enumerate(others):  # each makes another go
+                write(pool, other, value, stream)
+        assert pool.stats().demotions > 5
+        pool.check()
+    assert [int(read(pool, other, stream)[0]) for other in others] == [0, 1, 2]
+
+
+def test_a_manager_finds_the_device_full_of_what_can_go(make):
+    pool = make(device=100_000, pinned=1 << 20)
+    others = [pool.allocate(spec(25_000)) for _ in range(4)]
+    with InputBufferManager(pool, max_batch_size=2, max_seq_len=512) as manager:
+        manager.stage_inputs({"input_ids": np.arange(9)}, 9)
+        manager.synchronize()
+    assert any(other.tier is Tier.PINNED for other in others)
+
+
+def test_stats_and_repr(make, stream):
+    pool = make()
+    a, b = pool.allocate(spec(1024)), pool.allocate(spec(512, Tier.PINNED))
+    stats = pool.stats()
+    assert dict(stats.buffers_by_tier) == {Tier.DEVICE: 1, Tier.MANAGED: 0, Tier.PINNED: 1}
+    assert stats.in_use_bytes + stats.idle_bytes + stats.pending_bytes == stats.reserved_bytes == 1536
+    assert "1536 bytes" in repr(pool) and "Hierarchical" in repr(pool)
+    assert pool.tier_of(a) is Tier.DEVICE and pool.tier_of(b) is Tier.PINNED

@@ -1,0 +1,283 @@
+"""HierarchicalBufferPool on the stand-in driver: in lazy mode, where a missing wait shows as wrong data, and with every
+driver call failed in turn."""
+
+import logging
+
+import numpy as np
+import pytest
+from test_hierarchy_stateful import STEPS, Churn, bytes_of, may_leave, ramp, random_step, set_index
+
+from numbabuf import _cuda, hierarchy
+from numbabuf.errors import BackendError
+from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.spec import BufferSpec, Tier
+
+pytestmark = pytest.mark.stub
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.ERROR, "numbabuf")  # lost buffers are reported, and many are lost here
+
+
+@pytest.fixture
+def lazy(stub):
+    """Work runs only when something waits for it, in an order that the seed decides; (seed) -> None."""
+
+    def begin(seed):
+        stub.set_async(1)
+        stub.set_seed(seed)
+
+    yield begin
+    _cuda.synchronize()
+    stub.set_async(0)
+
+
+# -------------------------------------------------------------------------------------------------------- lazy mode
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_random_steps_in_lazy_mode(lazy, seed):
+    """Only reads synchronise, and each only its own stream: all other order must come from the pool's waits."""
+    rng = np.random.default_rng(seed)
+    churn = Churn()
+    lazy(seed)
+    for number in range(400):
+        name, arguments = random_step(churn, rng)
+        if may_leave(churn, name, arguments):
+            churn.step(name, *arguments)
+            churn.check(contents=number % 100 == 99)
+    assert churn.pool.stats().promotions > 20
+    churn.close()
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_two_streams_take_turns_with_one_buffer(lazy, seed):
+    """A lease on one stream, pressure that sends the buffer down, a lease on the other: each sees what came before."""
+    churn = Churn(device_bytes=1200, policy="lru")
+    lazy(seed)
+    for _ in range(3):
+        churn.step("allocate", 6, Tier.DEVICE)
+    for turn in range(30):
+        churn.step("write", turn % 3, turn % 2)
+    churn.check()
+    churn.close()
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_a_use_follows_what_was_queued_outside(lazy, seed):
+    churn = Churn()
+    lazy(seed)
+    churn.step("allocate", 6, Tier.DEVICE)
+    for _ in range(5):
+        churn.write_outside(0)
+        churn.write(0, 1)
+    churn.unfix(0)
+    churn.demote(0, Tier.PINNED)
+    churn.read(0, 1)
+    churn.close()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_a_writer_waits_for_readers_on_every_stream(lazy, seed, first):
+    """Two leases overlap on two streams; whichever ends last, the next writer is behind the work of both."""
+    churn = Churn()
+    churn.step("allocate", 6, Tier.DEVICE)
+    (entry,) = churn.shadow
+    outs = [_cuda.device_view(_cuda.empty_device(entry.nbytes), 0, (entry.nbytes,), np.dtype(np.uint8)) for _ in "ab"]
+    _cuda.synchronize()
+    lazy(seed)
+    leases = [churn.pool.use([entry], stream=stream, write=False) for stream in churn.streams]
+    for lease, stream, out in zip(leases, churn.streams, outs, strict=True):
+        (array,) = lease.__enter__()
+        for _ in range(10 if stream is churn.streams[first] else 0):  # the lease that ends first has much to do
+            _cuda.launch(set_index, 1, 32, stream, out, 0)
+        _cuda.copy(out, array, stream)
+    for lease in (leases[first], leases[1 - first]):
+        lease.__exit__(None, None, None)
+    wanted = churn.shadow[entry]
+    churn.write(0, 1 - first)
+    _cuda.synchronize()
+    assert all(out.copy_to_host().tobytes() == wanted.tobytes() for out in outs)
+    churn.close()
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_the_host_waits_for_a_use_that_could_not_be_marked(lazy, seed, monkeypatch):
+    churn = Churn(device_bytes=0, managed_bytes=0)
+    churn.step("allocate", 6, Tier.PINNED)
+    (entry,) = churn.shadow
+    lazy(seed)
+    with monkeypatch.context() as patch:
+        patch.setattr(hierarchy, "Mark", lambda *_: (_ for _ in ()).throw(RuntimeError("no event")))
+        churn.write(0, 1)
+    assert entry._record.mark is None and entry.array.tobytes() == churn.shadow[entry].tobytes()
+    churn.close()
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+def test_one_launch_moves_a_whole_batch(stub):
+    pool = HierarchicalBufferPool(device_bytes=1 << 20, pinned_bytes=1 << 20)
+    entries = [pool.allocate(BufferSpec(1000, "uint8")) for _ in range(100)]
+    for _ in range(3):  # memory, tables and events are there, and the kernel is compiled
+        pool.demote(entries)
+        pool.promote(entries)
+        pool._mover.synchronize()
+    for entry in entries:
+        pool._drop_copy(entry._record)
+    pool.stats()
+    stub.reset_counts()
+    pool.demote(entries)
+    counts = stub.counts()
+    assert sum(n for name, n in counts.items() if name.startswith("cuLaunchKernel")) == 1
+    assert not [
+        name for name in counts if name.startswith(("cuMemcpy", "cuMemAlloc", "cuMemFree", "cuStreamSynchronize"))
+    ]
+    for entry in entries:
+        entry.release()
+    pool.close()
+
+
+# ---------------------------------------------------------------------------------------------------------- faults
+
+# Not the frees: Numba makes them from finalisers, where an error reaches nobody.
+CALLS = (
+    "cuMemAlloc", "cuMemHostAlloc", "cuMemAllocManaged", "cuLaunchKernel", "cuLaunchKernelEx", "cuEventCreate",
+    "cuEventRecord", "cuEventQuery", "cuEventSynchronize", "cuStreamWaitEvent", "cuStreamCreate",
+    "cuStreamCreateWithPriority", "cuStreamSynchronize", "cuMemGetInfo",
+)  # fmt: skip
+
+
+def scenario():
+    """Moves of each kind: (pool, steps), each step a function; the first steps make what the others move."""
+    pool = HierarchicalBufferPool(device_bytes=3072, managed_bytes=1024, pinned_bytes=8192, policy="lru")
+    stream = _cuda.as_stream(None)
+    entries = {}
+
+    def allocate(name, tier):
+        entry = pool.allocate(BufferSpec(1024, "uint8", tier))
+        try:  # filled without a kernel of the test's own, so that a failed launch is always the pool's
+            with pool.use([entry], stream=stream) as (array,):
+                array.copy_to_device(ramp(1024, ord(name)), stream=stream.numba)
+                stream.synchronize()
+        except BaseException:
+            entry.release()
+            raise
+        entries[name] = entry
+
+    def use(*names, **options):
+        with pool.use([entries[name] for name in names if name in entries], stream=stream, **options):
+            pass
+
+    def call(method, *names, **options):
+        getattr(pool, method)([entries[name] for name in names if name in entries], **options)
+
+    steps = [
+        *(lambda name=name: allocate(name, Tier.DEVICE) for name in "abc"),
+        lambda: allocate("d", Tier.PINNED),
+        lambda: allocate("e", Tier.DEVICE),
+        lambda: use("a", "b", in_place=False),
+        lambda: call("demote", "a", "b"),
+        lambda: use("a", write=False, in_place=False),
+        lambda: call("demote", "a"),
+        lambda: call("prefetch", "d", "c"),
+        lambda: call("promote", "d", "e"),
+        lambda: entries["e"].array if "e" in entries else None,
+        lambda: pool.allocate(BufferSpec(2048, "uint8")).release(stream=stream),
+        lambda: use("a", "c", "d"),
+        lambda: pool.trim(0),
+    ]  # fmt: skip
+    return pool, entries, steps
+
+
+def run_with(stub, fault):
+    """The scenario with one driver call failed: how many steps failed. After each, everything must hold."""
+    pool, entries, steps = scenario()
+    failed = 0
+    stub.fail(fault)
+    try:
+        for step in steps:
+            places = {name: (entry.tier, entry._record.uses) for name, entry in entries.items()}
+            try:
+                step()
+            except BackendError:
+                raise
+            except Exception as error:
+                assert not isinstance(error, (AssertionError, AttributeError, KeyError, TypeError)), repr(error)
+                failed += 1
+                if step in (steps[6], steps[8]):  # a demotion is all or nothing
+                    assert {n: (e.tier, e._record.uses) for n, e in entries.items()} == places
+            pool.check()
+    finally:
+        stub.fail("")
+    _cuda.synchronize()
+    for name, entry in entries.items():
+        assert entry._record.uses == 0
+        assert bytes_of(entry._held[0].block, 1024).tobytes() == ramp(1024, ord(name)).tobytes(), f"{fault}: {name}"
+        if entry._record.copy is not None:
+            assert bytes_of(entry._record.copy.block, 1024).tobytes() == ramp(1024, ord(name)).tobytes(), (
+                f"{fault}: {name}"
+            )
+    for step in steps[5:]:  # nothing is stuck
+        step()
+        pool.check()
+    for entry in entries.values():
+        entry.release()
+    pool.close()
+    pool.check()
+    assert pool.stats().reserved_bytes == 0
+    return failed
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_driver_call_failed_once(stub, call):
+    run_with(stub, "")  # compiles, and says how many calls there are
+    stub.reset_counts()
+    run_with(stub, "")
+    count = sum(
+        n for name, n in stub.counts().items() if name in (call, call + "_v2", call + "_ptsz", call + "_v2_ptsz")
+    )
+    failures = [run_with(stub, f"{call}:{number}") for number in range(1, count + 1)]
+    if call in ("cuLaunchKernelEx", "cuEventRecord"):  # what runs out of memory here, another tier takes
+        assert sum(map(bool, failures)) > 0, f"{count} calls were failed, and no step noticed"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_faults_among_random_steps(stub, seed):
+    """Each step may fail on its first allocation, launch, record or wait; contents hold all the same."""
+    rng = np.random.default_rng(seed)
+    churn = Churn()
+    churn.refusals = (Exception,)
+    names = [
+        name
+        for name in STEPS
+        if name in ("read", "promote", "demote", "prefetch", "release", "pressure", "trim", "unfix")
+    ]
+    while len(churn.shadow) < 6:
+        churn.step("allocate", int(rng.integers(8)), list(Tier)[rng.integers(3)])
+    for _ in range(300):
+        name, arguments = random_step(churn, rng, names)
+        fault = str(
+            rng.choice(["cuMemAlloc", "cuMemHostAlloc", "cuLaunchKernelEx", "cuEventRecord", "cuStreamWaitEvent"])
+        )
+        stub.fail(f"{fault}:{rng.integers(1, 4)}")
+        before = len(churn.shadow)
+        churn.step(name, *arguments)
+        stub.fail("")
+        assert name == "release" or len(churn.shadow) == before
+        churn.check()
+        if len(churn.shadow) < 4:
+            churn.step("allocate", int(rng.integers(8)), list(Tier)[rng.integers(3)])
+    churn.close()
+
+
+def test_nothing_is_left_behind(no_leaks, stub):
+    churn = Churn()
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        name, arguments = random_step(churn, rng, [name for name in STEPS if name != "bind"])
+        churn.step(name, *arguments)
+    churn.close()
