@@ -1,13 +1,15 @@
-"""Host time of one step: 8 inputs of 256 tokens into fixed device arrays, and the work that reads them.
+"""Host time of one step: 8 inputs of 1 to 4,096 tokens into fixed device arrays, and the work that reads them.
 
-Numba's idiom (a `copy_to_device` per input, then the launches), the same with pinned staging arrays, numbabuf's fill
-alone and its replay, all in one process. On the stand-in driver kernels are accepted and skipped, so that the figures
-are what Python and the bindings cost the host; a real driver adds its own time to every row's driver calls. With
-nobody to read the staging blocks there, the benchmark marks them read itself, inside the time of numbabuf's rows.
+Numba's idiom (a `copy_to_device` per input, then the launches), the same with pinned staging arrays, torch's and CuPy's
+graphs behind copies from pinned memory, numbabuf's fill alone and its replay, all in one process. `end_to_end_us` ends
+in a synchronise; where it is empty nothing runs. On the stand-in driver kernels are accepted and skipped, so that the
+figures are what Python and the bindings cost the host; a real driver adds its own time to every row's driver calls.
+With nobody to read the staging blocks there, the benchmark marks them read itself, inside the time of numbabuf's rows.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,23 +22,14 @@ from numbabuf._cuda import cuda
 from . import harness
 
 SLOTS, TOKENS, KERNELS = 8, 256, 4
+SIZES = (TOKENS, 1, 64, 4096)
+"""The headline first."""
 
 
 @cuda.jit
 def _consume(out, tokens):  # type: ignore[no-untyped-def]
     for i in range(cuda.grid(1), tokens.size, cuda.gridsize(1)):
         out[i] = tokens[i]
-
-
-def _stand_in() -> Any:
-    """The stand-in driver's controls, None on a GPU and in the simulator."""
-    if _cuda.SIM:
-        return None
-    try:
-        import cudastub
-    except ImportError:
-        return None
-    return cudastub if cudastub.active else None
 
 
 def _count(stub: Any, call: Callable[[], object]) -> int | None:
@@ -48,10 +41,99 @@ def _count(stub: Any, call: Callable[[], object]) -> int | None:
     return int(sum(stub.counts().values()))
 
 
-def run(smoke: bool, *, slots: int = SLOTS, tokens: int = TOKENS, kernels: int = KERNELS) -> dict[str, Any]:
-    """Time each way to stage `slots` inputs of `tokens` and launch `kernels` kernels that read them."""
+def _torch_graph(names: list[str], inputs: dict[str, Any], tokens: int, kernels: int) -> Callable[[], object]:
+    """A step of torch: pinned tensors, a non-blocking `copy_` each, one graph replay."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU")
+    staged = [torch.empty(tokens, dtype=torch.int64, pin_memory=True) for _ in names]
+    device = [torch.zeros(tokens, dtype=torch.int64, device="cuda") for _ in names]
+    out = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    views = [tensor.numpy() for tensor in staged]
+
+    def work() -> None:
+        for i in range(kernels):
+            out.copy_(device[i % len(device)])
+
+    work()
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+
+    def step() -> None:
+        with torch.cuda.stream(stream):
+            for view, name in zip(views, names, strict=True):
+                view[:] = inputs[name]
+            for target, source in zip(device, staged, strict=True):
+                target.copy_(source, non_blocking=True)
+            graph.replay()
+
+    return step
+
+
+def _cupy_graph(names: list[str], inputs: dict[str, Any], tokens: int, kernels: int) -> Callable[[], object]:
+    """A step of CuPy: one graph with a copy node per input and the work behind them, over pinned arrays."""
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 1:
+        raise RuntimeError("CuPy finds no GPU")
+    nbytes = 8 * tokens
+    memory = [cupy.cuda.alloc_pinned_memory(nbytes) for _ in names]
+    staged = [np.frombuffer(part, np.int64, tokens) for part in memory]
+    device = [cupy.zeros(tokens, np.int64) for _ in names]
+    out = cupy.zeros(tokens, np.int64)
+    stream = cupy.cuda.Stream(non_blocking=True)
+
+    def work() -> None:
+        for target, source in zip(device, staged, strict=True):
+            target.data.copy_from_host_async(source.ctypes.data, nbytes, stream)
+        for i in range(kernels):
+            cupy.add(device[i % len(device)], 0, out=out)
+
+    with stream:
+        work()
+        stream.synchronize()
+        stream.begin_capture()
+        work()
+        graph = stream.end_capture()
+
+    def step() -> None:
+        for view, name in zip(staged, names, strict=True):
+            view[:] = inputs[name]
+        graph.launch(stream)
+
+    return step
+
+
+COMPETITORS = {"torch: pinned copy_ and CUDAGraph.replay": _torch_graph, "CuPy: graph with memcpy nodes": _cupy_graph}
+
+
+def run(
+    smoke: bool, *, slots: int = SLOTS, tokens: int | None = None, kernels: int = KERNELS, competitors: bool = True
+) -> dict[str, Any]:
+    """Time each way to stage `slots` inputs and launch `kernels` kernels that read them.
+
+    Parameters
+    ----------
+    smoke
+        Few repeats, and the headline's size alone.
+    slots, kernels
+        Inputs, and kernels that read them.
+    tokens
+        One size; by default the sizes of `SIZES`.
+    competitors
+        Whether to try torch and CuPy; what is not installed, or finds no GPU, is a row that says so.
+    """
+    sizes = (tokens,) if tokens is not None else (TOKENS,) if smoke or _cuda.SIM else SIZES
+    rows = list(itertools.chain.from_iterable(_rows(smoke, slots, size, kernels, competitors) for size in sizes))
+    return {"slots": slots, "tokens": sizes[0], "kernels_skipped": harness.stand_in() is not None, "rows": rows}
+
+
+def _rows(smoke: bool, slots: int, tokens: int, kernels: int, competitors: bool) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")  # Numba's, about small grids
-    stub = _stand_in()
+    stub = harness.stand_in()
     shape = _cuda.launch_shape(tokens)
     names = [f"slot{i}" for i in range(slots)]
     inputs = {name: np.arange(tokens) + i for i, name in enumerate(names)}
@@ -79,7 +161,9 @@ def run(smoke: bool, *, slots: int = SLOTS, tokens: int = TOKENS, kernels: int =
     managers = []
 
     def manager(**options: Any) -> InputBufferManager:
-        made = InputBufferManager(max_batch_size=1, max_seq_len=tokens, buckets=[tokens], default_slots=False, **options)
+        made = InputBufferManager(
+            max_batch_size=1, max_seq_len=tokens, buckets=[tokens], default_slots=False, **options
+        )
         managers.append(made)
         return made
 
@@ -94,15 +178,7 @@ def run(smoke: bool, *, slots: int = SLOTS, tokens: int = TOKENS, kernels: int =
         each.synchronize()
 
     def ours(each: InputBufferManager, call: str) -> Callable[[], object]:
-        method, ring = getattr(each, call), each._ring
-        if stub is None:
-            return lambda: method(inputs, tokens)
-
-        def marked() -> None:
-            ring._retired[0] = ring.step
-            method(inputs, tokens)
-
-        return marked
+        return harness.step_of(each, call, inputs, tokens, stub)
 
     ways = {
         f"numba: {slots} copy_to_device, {kernels} launches": idiom,
@@ -112,38 +188,39 @@ def run(smoke: bool, *, slots: int = SLOTS, tokens: int = TOKENS, kernels: int =
         "numbabuf: replay, int64 to int32, range check off": ours(unchecked, "replay"),
         "numbabuf: replay, int64 to int32, range check on": ours(checked, "replay"),
     }
-    repeats = 5 if smoke or _cuda.SIM else 300
-    if stub is not None:
-        stub.set_exec(0)
-    try:
+    missing = {}
+    for what, make in COMPETITORS.items() if competitors else ():
+        try:
+            ways[what] = make(names, inputs, tokens, kernels)
+        except Exception as error:  # not installed, no GPU, or a driver that it cannot use: a row that says so
+            missing[what] = f"skipped: {type(error).__name__}: {error}".partition("\n")[0]
+    repeats, inner = (5, 1) if smoke or _cuda.SIM else (300 if tokens == TOKENS else 100, 20)
+    with harness.kernels_skipped(stub):
         for call in ways.values():
             call()
-        times = {
-            what: harness.measure(call, repeats=repeats, inner=1 if smoke or _cuda.SIM else 20)
-            for what, call in ways.items()
-        }
+        times = {what: harness.measure(call, repeats=repeats, inner=inner) for what, call in ways.items()}
         calls = {what: _count(stub, call) for what, call in ways.items()}
-    finally:
-        if stub is not None:
-            stub.set_exec(1)
-            stub.clear_errors()
+        ends = {
+            what: harness.measure(call, repeats=repeats, finish=_cuda.synchronize).median_us
+            for what, call in ways.items()
+            if harness.on_gpu()
+        }
     for each in managers:
         if stub is not None:  # nothing ran, so nothing counted: start the device's count anew before the end
             each._arena.resync()
         each.close()
     first = times[next(iter(ways))].median_us
-    return {
-        "slots": slots,
-        "tokens": tokens,
-        "kernels_skipped": stub is not None,
-        "rows": [
-            harness.row(what, timing, driver_calls=calls[what], less_than_idiom=first / timing.median_us)
-            for what, timing in times.items()
-        ],
-    }
+    rows = [
+        harness.row(
+            what, timing, tokens=tokens, driver_calls=calls[what], less_than_idiom=first / timing.median_us,
+            end_to_end_us=ends.get(what),
+        )  # fmt: skip
+        for what, timing in times.items()
+    ]
+    return rows + [{"what": what, "tokens": tokens, "note": note} for what, note in missing.items()]
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     note = "; kernels skipped by the stand-in driver" if result["kernels_skipped"] else ""
-    return f"{result['slots']} slots of {result['tokens']} tokens{note}\n" + harness.render(result["rows"])
+    return f"{result['slots']} slots{note}\n" + harness.render(result["rows"])
