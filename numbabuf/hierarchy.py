@@ -20,7 +20,7 @@ from typing import Any
 from . import _cuda, calibration
 from .entry import BufferEntry
 from .errors import BusyError, CaptureError, TierFullError
-from .memory import Ledger, Ticket, byte_count
+from .memory import Block, Ledger, Ticket, byte_count
 from .moves import Mark, Move, Mover
 from .policies import Policy, make_policy
 from .pool import SimpleBufferPool
@@ -61,6 +61,8 @@ class HierarchyStats(PoolStats):
     launches: int = 0
     """Batches of copies, one kernel launch each."""
     moved_bytes: int = 0
+    settled: int = 0
+    """Managed allocations whose pages the driver keeps on the host; others it migrates on access."""
     buffers_by_tier: Mapping[Tier, int] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     """Leased buffers by the tier that their contents are in."""
 
@@ -145,7 +147,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         self._gone: deque[int] = deque()  # keys of entries that died
         self._places: dict[Tier, set[int]] = {tier: set() for tier in Tier}  # keys by where the contents are
         self._homes: set[int] = set()  # keys of those with a home
-        self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
+        self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused", "settled"), 0)
 
     @functools.cached_property
     def _mover(self) -> Mover:
@@ -190,7 +192,11 @@ class HierarchicalBufferPool(SimpleBufferPool):
                         f"{spec} asks for {spec.size_bytes} bytes of {spec.tier.value} memory; the card has {info[0]} "
                         f"bytes free and {managed} of managed memory may need them"
                     )
-                return super()._grow(spec)
+                ticket = super()._grow(spec)
+                if spec.tier is Tier.MANAGED:
+                    block: Block = ticket.block
+                    self._moved["settled"] += _cuda.settle_on_host(block.base, self._own())
+                return ticket
         return super()._grow(spec)
 
     def _step_collect(self, tier: Tier, nbytes: int) -> str | None:

@@ -281,3 +281,18 @@ def test_nothing_is_left_behind(no_leaks, stub):
         name, arguments = random_step(churn, rng, [name for name in STEPS if name != "bind"])
         churn.step(name, *arguments)
     churn.close()
+
+
+def test_managed_memory_stays_on_the_host_where_the_driver_offers_it(stub):
+    with HierarchicalBufferPool(device_bytes=1024, managed_bytes=4096, pinned_bytes=4096) as pool:
+        stub.reset_counts()
+        entry = pool.allocate(BufferSpec(512, "uint8", Tier.MANAGED))
+        assert stub.count("cuMemAdvise") == 2 and stub.count("cuMemPrefetchAsync") == 1
+        assert pool.stats().settled == 1
+        stub.fail("cuMemAdvise:1+")
+        other = pool.allocate(BufferSpec(1024, "uint8", Tier.MANAGED))
+        stub.fail()
+        assert other.tier is Tier.MANAGED and pool.stats().settled == 1, "a driver without advice migrates by itself"
+        entry.release()
+        other.release()
+        pool.check()

@@ -67,6 +67,7 @@ __all__ = [
     "launch_shape",
     "memory_info",
     "require",
+    "settle_on_host",
     "synchronize",
     "this_thread",
     "watch_operands",
@@ -145,6 +146,17 @@ def empty_managed(nbytes: int) -> np.ndarray:
     """Allocate `nbytes` > 0 of managed memory: a NumPy array of uint8 (plain memory in the simulator)."""
     require()
     return _impl.empty_managed(nbytes)
+
+
+def settle_on_host(array: np.ndarray, stream: Any) -> bool:
+    """Keep the pages of managed memory on the host, where kernels reach them over the bus, as far as the driver offers.
+
+    Without this its pages move to the device at a kernel's first touch and stay there: no use as a place to make room.
+    Prefers the host, maps the pages for the device, and prefetches them to the host on `stream` (CUDA driver API,
+    cuMemAdvise and cuMemPrefetchAsync). Returns whether the driver took all of it; one that does not migrates pages by
+    itself, which is slower and still right.
+    """
+    return _impl.settle_on_host(array, stream)
 
 
 def address(array: Any) -> int:

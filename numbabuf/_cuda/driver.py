@@ -39,6 +39,26 @@ def empty_managed(nbytes: int) -> np.ndarray:
     return cuda.managed_array(nbytes, np.uint8)  # type: ignore[no-any-return]
 
 
+def settle_on_host(array: np.ndarray, stream: Stream) -> bool:
+    from cuda.bindings import driver
+
+    advise = getattr(driver, "cuMemAdvise_v2", driver.cuMemAdvise)  # the bindings of CUDA 13 have the new form alone
+    prefetch = getattr(driver, "cuMemPrefetchAsync_v2", driver.cuMemPrefetchAsync)
+    kinds, advice = driver.CUmemLocationType, driver.CUmem_advise
+    host, device = driver.CUmemLocation(), driver.CUmemLocation()
+    host.type, host.id = kinds.CU_MEM_LOCATION_TYPE_HOST, 0
+    device.type, device.id = kinds.CU_MEM_LOCATION_TYPE_DEVICE, device_id()
+    where = address(array), array.nbytes
+    return all(
+        int(result[0]) == 0
+        for result in (
+            advise(*where, advice.CU_MEM_ADVISE_SET_PREFERRED_LOCATION, host),
+            advise(*where, advice.CU_MEM_ADVISE_SET_ACCESSED_BY, device),
+            prefetch(*where, host, 0, stream.handle),
+        )
+    )
+
+
 def address(array: Any) -> int:
     if isinstance(array, np.ndarray):
         return int(array.ctypes.data)
