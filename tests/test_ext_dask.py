@@ -215,6 +215,7 @@ def test_steps_count_once_and_those_of_the_dead_stay(fleet):
     shared = fleet.share_demand()
     assert sorted(size for _, size in shared.demand._seen) == [3, 3, 40]
     assert fleet._client.metadata == {("numbabuf-demand", "numbabuf"): ext._pack(shared.demand)}
+    assert "new" in fleet._repr_html_() and "steps known" in fleet._repr_html_()
 
 
 def test_a_dead_worker_is_forgotten_once_its_steps_are_old(fleet):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .. import _cuda
+from .. import _cuda, html
 from ..demand import DemandModel
 from ..manager import InputBufferManager
 from ..pool import BufferPool, SimpleBufferPool
@@ -176,6 +176,11 @@ class Fleet:
 
     def __repr__(self) -> str:
         return f"Fleet({self.name!r}, {'closed' if self.closed else self._client})"
+
+    def _repr_html_(self) -> str:
+        """Workers and the steps in their demand as last shared; asks nobody."""
+        rows = [(address, len(model)) for address, model in sorted(self._known.items())]
+        return html.card(f"Fleet({self.name!r})", html.table(["worker", "steps known of it"], rows))
 
 
 def worker_manager(name: str = "numbabuf") -> Any:
