@@ -363,24 +363,18 @@ class InputBufferManager:
     def _padded_rows(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(min(slot.capacity, self._rows(slot, sizes)) for slot in self._static)
 
-    def _new_step(self, sizes: tuple[int, ...], stream: Any) -> Step:
-        return Step(
-            stream.numba, dict(zip(self._axes, sizes, strict=True)), self._arena.views(self._padded_rows(sizes))
-        )
+    def _new_step(self, sizes: tuple[int, ...], stream: Any) -> CapturedStep:
+        """A bucket's views and padded rows; what runs it is put in by whoever asks."""
+        padded = self._padded_rows(sizes)
+        step = Step(stream.numba, dict(zip(self._axes, sizes, strict=True)), self._arena.views(padded))
+        return CapturedStep(step, sizes, padded, self._generation)
 
     def _recording(self, sizes: tuple[int, ...]) -> Recording:
         """A capture of the fill, and of what its ``with`` block queues, for a bucket."""
         if self._capture_stream is None:
             self._capture_stream = _cuda.as_stream(None)
-        step, padded = self._new_step(sizes, self._capture_stream), self._padded_rows(sizes)
-        arena = self._arena
-
-        def fill(stream: Any) -> None:
-            arena.launch_fill(stream, padded)
-
-        return Recording(
-            self._capture_stream, fill, CapturedStep(step, sizes, padded, self._generation)
-        )
+        new, arena = self._new_step(sizes, self._capture_stream), self._arena
+        return Recording(self._capture_stream, lambda stream: arena.launch_fill(stream, new.padded), new)
 
     def _write(self, block: Block, inputs: Mapping[str, Any], live: tuple[int, ...], target: CapturedStep) -> int:
         """Write `inputs` into `block` for the bucket of `target`; return how many of them are slots."""
@@ -527,8 +521,8 @@ class InputBufferManager:
 
     def _plain(self, sizes: tuple[int, ...]) -> CapturedStep:
         """A step without a graph, for sizes that have none: its fill is launched by itself."""
-        padded, arena = self._padded_rows(sizes), self._arena
-        plain = CapturedStep(self._new_step(sizes, self._stream), sizes, padded, self._generation)
+        plain = self._new_step(sizes, self._stream)
+        padded, arena = plain.padded, self._arena  # not `plain` itself: it would keep itself alive
         plain.launch_on = lambda core: arena.launch_fill(self._stream, padded)
         return plain
 
@@ -813,12 +807,8 @@ class InputBufferManager:
 
     def _adopt(self, captured: list[CapturedStep]) -> None:
         """Put new graphs in service, in place of those of the same sizes."""
-        new = {graph.sizes: graph for graph in captured}
+        new = {graph.sizes for graph in captured}
         self._exchange([graph for graph in self._captured if graph.sizes in new], captured)
-
-    def _withdraw(self, graphs: list[CapturedStep]) -> None:
-        """Take graphs out of service."""
-        self._exchange(graphs, [])
 
     def _exchange(self, old: list[CapturedStep], new: list[CapturedStep]) -> None:
         """Take graphs out of service and put others in, all at once or, on an error of the driver, none.

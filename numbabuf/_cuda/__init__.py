@@ -28,12 +28,10 @@ else:
 Stream, Event, Graph, Capture = _impl.Stream, _impl.Event, _impl.Graph, _impl.Capture
 
 captures = _impl.captures
-"""The open captures by thread, always this one dictionary: where a call of `capturing` would cost too much."""
+"""Thread -> the capture it has open, always this one dictionary: empty, and so false, nearly always; the cheapest test
+that a hot path can make."""
 watch_operands = operands.watchers.append
 """Register a function that is called with each operand of a capture and returns what its graph shall keep alive."""
-
-captures = _impl.captures
-"""Thread -> the capture it has open. Empty, and so false, nearly always: the cheapest test a hot path can make."""
 
 __all__ = [
     "SIM",
@@ -44,7 +42,6 @@ __all__ = [
     "address",
     "as_stream",
     "backend",
-    "captures",
     "captures",
     "capturing",
     "configure",
