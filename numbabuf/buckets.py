@@ -3,18 +3,19 @@
 `plan` finds the k sizes of least expected cost for a demand by dynamic programming; `Refitter` follows a
 demand that drifts and changes its list only when that repays the captures. A demand is anything with a
 `histogram()`, a pair of sizes and counts, or the sizes themselves. NumPy only; this module imports nothing of
-the package.
+the package but `checks`.
 """
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .checks import whole_number
 
 __all__ = ["Cost", "Demand", "Refitter", "padded", "plan", "powers_of_two", "validate"]
 
@@ -116,15 +117,16 @@ def validate(sizes: Iterable[int], max_size: int) -> tuple[int, ...]:
     >>> validate([8, 2, 8], 16)
     (2, 8)
     """
-    if not _is_whole(max_size) or max_size < 1:
-        raise ValueError(f"max_size must be a whole number, 1 or more; found {max_size!r}")
+    try:
+        max_size = whole_number("max_size", max_size, least=1)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     found = tuple(sizes)
     for size in found:
-        if not _is_whole(size) or not 0 < size <= max_size:
-            raise ValueError(
-                f"bucket sizes must be whole numbers from 1 to max_size={max_size}; found {size!r}: "
-                f"leave it out or raise max_size"
-            )
+        try:
+            whole_number("one of the bucket sizes", size, least=1, most=max_size)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error}; leave it out, or raise max_size") from None
     if not found:
         raise ValueError(
             f"a bucket list needs at least one size; found none: give sizes from 1 to {max_size}"
@@ -383,13 +385,6 @@ def _histogram(demand: Any) -> tuple[Ints, Floats]:
     return x.astype(np.int64), w
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _positive(name: str, value: Any) -> int:
-    if not _is_whole(value):
-        raise TypeError(f"{name} must be a whole number; found {value!r} ({type(value).__name__})")
-    if not 1 <= value < 1 << 53:
-        raise ValueError(f"{name} must be from 1 to 2**53; found {value}")
-    return int(value)
+    """A whole number from 1 on that a float64 holds exactly."""
+    return whole_number(name, value, least=1, most=1 << 53)

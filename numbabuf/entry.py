@@ -119,7 +119,7 @@ class BufferEntry:
         try:
             pool = block.pool()
             if pool is not None:  # if it is gone, nobody else will use the memory
-                self._site = pool._take_back(ticket, block, stream)
+                self._site = pool._take_back(ticket, stream)
         except BaseException:
             self._held.append(ticket)
             raise
@@ -250,10 +250,11 @@ class BufferEntry:
 
     def _refuse(self, what: str) -> NoReturn:
         where = f", at {self._site}" if self._site else ""
-        raise StaleBufferError(
-            f"{self.spec} was {what} after its release{where}: allocate a new buffer"
-            + ("" if where else " (NUMBABUF_DEBUG=1 says where it was released)")
-        )
+        if what == "released":
+            text = f"{self.spec} was released before{where}: release each lease once"
+        else:
+            text = f"{self.spec} was {what} after its release{where}: allocate a new buffer"
+        raise StaleBufferError(text + ("" if where else " (NUMBABUF_DEBUG=1 says where it was released)"))
 
     def __repr__(self) -> str:
         return f"<BufferEntry {self.spec} {self.state.value}>"

@@ -1,7 +1,7 @@
 """HierarchicalBufferPool: buffers that move between device, managed and pinned memory, each tier within its budget.
 
 Decides what moves and when, and keeps the books of it; `policies` says what is worth keeping, `moves` does the copying,
-`SimpleBufferPool` owns all memory. Every step happens under the pool's one lock. Sits above `tiered`, below `manager`.
+the `store` holds all memory. Every step happens under the pool's one lock. Sits above `tiered`, below `manager`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import functools
 import itertools
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from . import _cuda, calibration
+from .checks import whole_number
 from .entry import BufferEntry
 from .errors import BusyError, CaptureError, TierFullError
-from .memory import Block, Ledger, Ticket, byte_count
+from .memory import Ledger, Ticket
 from .moves import Mark, Move, Mover
 from .policies import Policy, make_policy
 from .pool import SimpleBufferPool
 from .spec import BufferSpec, BufferState, Tier
-from .stats import PoolStats
+from .stats import Frozen, HierarchyStats
+from .store import Store
 from .tiered import Record, TieredEntry
 
 __all__ = ["HierarchicalBufferPool", "HierarchyStats"]
@@ -44,29 +46,6 @@ def _placed(spec: BufferSpec, tier: Tier) -> BufferSpec:
     return BufferSpec(spec.shape, spec.dtype, tier)
 
 
-@dataclasses.dataclass(frozen=True)
-class HierarchyStats(PoolStats):
-    """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
-
-    promotions: int = 0
-    """Buffers brought to device memory."""
-    demotions: int = 0
-    """Buffers sent from it, or from managed memory, downwards."""
-    clean_demotions: int = 0
-    """Those of them that had a copy below already, so that nothing had to be copied."""
-    in_place: int = 0
-    """Uses of a buffer that stayed outside device memory."""
-    refused: int = 0
-    """Those of them that the policy would not have evict others."""
-    launches: int = 0
-    """Batches of copies, one kernel launch each."""
-    moved_bytes: int = 0
-    settled: int = 0
-    """Managed allocations whose pages the driver keeps on the host; others it migrates on access."""
-    buffers_by_tier: Mapping[Tier, int] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
-    """Leased buffers by the tier that their contents are in."""
-
-
 class _TierLedger(Ledger):
     """A budget for each tier by itself."""
 
@@ -77,8 +56,42 @@ class _TierLedger(Ledger):
     def limit(self, tier: Tier) -> int | None:
         return self._budgets[tier]
 
-    def room(self, tier: Tier) -> int | None:
-        return self._budgets[tier] - self.reserved[tier] - self.promised[tier]
+    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
+        return (tier,)
+
+
+class _TierStore(Store):
+    """The memory of a hierarchical pool: a budget for each tier, and no more managed memory than the card has free."""
+
+    def __init__(self, budgets: dict[Tier, int], owner: Callable[[], Any], events: int) -> None:
+        super().__init__(_TierLedger(budgets), owner, events=events)
+        self.settled = 0
+        """Managed allocations whose pages the driver keeps on the host."""
+
+    def grow(self, spec: BufferSpec) -> Ticket:
+        with self.lock:  # from the look at what is free to the promise, nobody else may ask for managed memory
+            managed = self.ledger.reserved[Tier.MANAGED]
+            if spec.tier is Tier.MANAGED or (managed and spec.tier is Tier.DEVICE):
+                info = _cuda.memory_info()
+                if info is not None and info[0] < managed + spec.size_bytes:
+                    raise TierFullError(
+                        f"{spec} asks for {spec.size_bytes} bytes of {spec.tier.value} memory; the card has {info[0]} "
+                        f"bytes free and {managed} of managed memory may need them"
+                    )
+                ticket = super().grow(spec)
+                if spec.tier is Tier.MANAGED:
+                    self.settled += _cuda.settle_on_host(ticket.block.base, self.order.default)
+                return ticket
+        return super().grow(spec)
+
+    def room_in(self, tier: Tier, *, pending: bool = False) -> int:
+        """Return the bytes that can be had in a tier without moving anything, or by waiting for what is `pending`."""
+        blocks = [ticket.block for ticket in self.idle()]
+        if pending:
+            blocks += self.pending()
+        room = self.ledger.room(tier)
+        assert room is not None
+        return room + sum(block.nbytes for block in blocks if block.tier is tier)
 
 
 class HierarchicalBufferPool(SimpleBufferPool):
@@ -127,6 +140,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
     >>> a.release(); b.release(); pool.close()
     """
 
+    _store: _TierStore
+
     def __init__(
         self,
         *,
@@ -138,16 +153,20 @@ class HierarchicalBufferPool(SimpleBufferPool):
         events: int = 0,
     ) -> None:
         budgets = {Tier.DEVICE: device_bytes, Tier.MANAGED: managed_bytes, Tier.PINNED: pinned_bytes}
-        budgets = {tier: byte_count(f"{tier.value}_bytes", budget) for tier, budget in budgets.items()}
+        budgets = {tier: whole_number(f"{tier.value}_bytes", budget) for tier, budget in budgets.items()}
         self.policy = make_policy(policy, device_bytes)
-        super().__init__(on_oom=on_oom, events=events)
-        self._ledger: Ledger = _TierLedger(budgets)
+        self._begin(_TierStore(budgets, weakref.ref(self), events), on_oom)
         self._keys = itertools.count(1)
         self._records: dict[int, Record] = {}
         self._gone: deque[int] = deque()  # keys of entries that died
         self._places: dict[Tier, set[int]] = {tier: set() for tier in Tier}  # keys by where the contents are
         self._homes: set[int] = set()  # keys of those with a home
-        self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused", "settled"), 0)
+        self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
+
+    @property
+    def _lock(self) -> threading.RLock:
+        """Held in every step of the pool, for its books and those of the store."""
+        return self._store.lock
 
     @functools.cached_property
     def _mover(self) -> Mover:
@@ -165,7 +184,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         if isinstance(spec, BufferSpec) and not self._hot.get(spec) and not _cuda.captures:
             for tier in (spec.tier, *_below(spec.tier)):
                 with self._lock:
-                    self._refuse_closed()
+                    self._store.refuse_closed()
                     if not self._make_room(tier, spec.size_bytes):
                         continue
                 try:
@@ -182,37 +201,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._places[entry.tier].add(record.key)
         return entry
 
-    def _grow(self, spec: BufferSpec) -> Ticket:
-        with self._lock:  # from the look at what is free to the promise, nobody else may ask for managed memory
-            managed = self._ledger.reserved[Tier.MANAGED]
-            if spec.tier is Tier.MANAGED or (managed and spec.tier is Tier.DEVICE):
-                info = _cuda.memory_info()
-                if info is not None and info[0] < managed + spec.size_bytes:
-                    raise TierFullError(
-                        f"{spec} asks for {spec.size_bytes} bytes of {spec.tier.value} memory; the card has {info[0]} "
-                        f"bytes free and {managed} of managed memory may need them"
-                    )
-                ticket = super()._grow(spec)
-                if spec.tier is Tier.MANAGED:
-                    block: Block = ticket.block
-                    self._moved["settled"] += _cuda.settle_on_host(block.base, self._own())
-                return ticket
-        return super()._grow(spec)
-
-    def _step_collect(self, tier: Tier, nbytes: int) -> str | None:
-        """The ladder's third step, reached where the driver has less than the budget: demote; else as in any pool."""
+    def _demote(self, tier: Tier, nbytes: int) -> str | None:
+        """The ladder's rung that is this pool's own, of use where the driver has less than the budget."""
         with self._lock:
             victims = [] if _cuda.captures else self._victims(tier, nbytes)
-            evicted = bool(victims) and self._evict(victims)
-        if not evicted:
-            return super()._step_collect(tier, nbytes)
-        return f"{len(victims)} buffers demoted, {self._step_trim(tier, nbytes)}"
-
-    def _trim_tier(self, tier: Tier, nbytes: int) -> int:
-        room = self._ledger.room(tier)
-        if room is not None and room < nbytes:  # memory of another tier would make no room in this one's budget
-            return self._free_idle(nbytes - room, (tier,))
-        return super()._trim_tier(tier, nbytes)
+            if not victims or not self._evict(victims):
+                return None
+        return f"{len(victims)} buffers demoted, {self._store.make_room(tier, nbytes)} bytes freed"
 
     # -------------------------------------------------------------------------------------------------------- use
 
@@ -260,7 +255,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         wrapped = self._mover.stream if stream is None else _cuda.as_stream(stream)
         capturing = threading.get_ident() in _cuda.captures
         with self._lock, contextlib.ExitStack() as undo:
-            self._refuse_closed()
+            self._store.refuse_closed()
             undo.enter_context(self._claimed(chosen))
             for entry in chosen:
                 if not entry._record.fixed:
@@ -305,13 +300,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def _order_after(self, entry: TieredEntry, stream: Any) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
-        mark, block = entry._record.mark, entry._held[0].block
+        mark, block, order = entry._record.mark, entry._held[0].block, self._store.order
         if mark is not None:
             mark.wait(stream)
             return
-        users = block.users or ((self._own(),) if block.tier is Tier.DEVICE else ())
+        users = block.users or ((order.default,) if block.tier is Tier.DEVICE else ())
         try:
-            self._order([(user, None) for user in users], stream)
+            order.put_behind([(user, None) for user in users], stream)
         except Exception:  # a stream that takes no mark any more: wait for everything, as a release does
             _cuda.synchronize()
 
@@ -335,7 +330,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         chosen = self._mine(entries)
         with self._lock, self._claimed(chosen):
-            self._refuse_closed()
+            self._store.refuse_closed()
             self._bring_up(chosen, insist=True, judge=False)
 
     def prefetch(self, entries: Iterable[TieredEntry], *, stream: Any = None) -> None:
@@ -351,7 +346,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         chosen = self._mine(entries)
         wrapped = None if stream is None else _cuda.as_stream(stream)
         with self._lock, self._claimed(chosen):
-            self._refuse_closed()
+            self._store.refuse_closed()
             if not _cuda.captures:
                 self._bring_up(chosen, insist=False, judge=False)
                 for entry in chosen if wrapped is not None else ():
@@ -366,7 +361,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         chosen = self._mine(entries)
         tier = None if tier is None else Tier(tier)
         with self._lock, self._claimed(chosen):
-            self._refuse_closed()
+            self._store.refuse_closed()
             lower = [e for e in chosen if (tier in _below(e.tier) if tier else _below(e.tier))]
             for entry in lower:
                 self._refuse_busy(entry)
@@ -395,7 +390,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             if record.mark is not None and _cuda.captures:
                 raise CaptureError(f"{entry!r} may be on the move: take its address, or use() it, before the capture")
             if entry.tier is not entry.spec.tier:
-                self._refuse_closed()
+                self._store.refuse_closed()
                 self._transfer([(entry, entry.spec.tier)])
             if record.mark is not None:
                 record.mark.synchronize()
@@ -461,7 +456,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                     wanted.append(entry)
         if not wanted:
             return
-        room = self._room_in(Tier.DEVICE)
+        room = self._store.room_in(Tier.DEVICE)
         cold = self._cold(Tier.DEVICE)
         victims: list[TieredEntry] = []
         coming = []
@@ -481,8 +476,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
             if insist:
                 raise TierFullError(
                     f"{entry!r} does not fit device memory: its {need} bytes, the budget of "
-                    f"{self._ledger.limit(Tier.DEVICE)} and what cannot be moved leave {room}. Leave other uses first, "
-                    "ask for fewer buffers at once, or raise device_bytes"
+                    f"{self._store.ledger.limit(Tier.DEVICE)} and what cannot be moved leave {room}. Leave other uses "
+                    "first, ask for fewer buffers at once, or raise device_bytes"
                 )
             self._moved["refused"] += fits
             room -= sum(victim._held[0].block.nbytes for victim in going)
@@ -497,12 +492,12 @@ class HierarchicalBufferPool(SimpleBufferPool):
     def _make_room(self, tier: Tier, nbytes: int) -> bool:
         """Demote until `nbytes` more fit the budget of a tier; whether they do. Holds the lock; no capture is open."""
         need = max(1, nbytes)
-        room = self._ledger.room(tier)
+        room = self._store.ledger.room(tier)
         if room is not None and room >= need:
             return True
         self._sweep()
-        self._settle()
-        missing = need - self._room_in(tier)
+        self._store.settle()
+        missing = need - self._store.room_in(tier)
         if missing <= 0:
             return True
         victims = self._victims(tier, missing)
@@ -510,27 +505,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._drop_copies(missing)
         elif victims:
             self._evict(victims)
-        if self._room_in(tier) < need and self._room_in(tier, pending=True) >= need:
-            self._finish_pending()
-        return self._room_in(tier) >= need
-
-    def _room_in(self, tier: Tier, *, pending: bool = False) -> int:
-        """Bytes that can be had in a tier without moving anything, or by waiting for what is `pending`."""
-        idle = sum(ticket.block.nbytes for ticket in self._idle_tickets() if ticket.block.tier is tier)
-        if pending:
-            lines = self._pending.values()
-            idle += sum(ticket.block.nbytes for line in lines for ticket in line if ticket.block.tier is tier)
-        room = self._ledger.room(tier)
-        assert room is not None
-        return room + idle
-
-    def _finish_pending(self) -> None:
-        """Wait for the work on released memory that only the end of that work frees."""
-        for line in list(self._pending.values()):
-            for ticket in list(line):
-                for _, event in ticket.block.events:
-                    event.synchronize()
-        self._settle()
+        if self._store.room_in(tier) < need and self._store.room_in(tier, pending=True) >= need:
+            self._store.finish_pending()
+        return self._store.room_in(tier) >= need
 
     def _cold(self, tier: Tier) -> Iterator[TieredEntry]:
         """The movable buffers of a tier whose going would free memory, coldest first."""
@@ -572,7 +549,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def _drop_copy(self, record: Record) -> None:
         if record.copy is not None:
-            self._retire(record.copy)
+            self._store.retire(record.copy)
             record.copy = None
 
     def _sweep(self) -> None:
@@ -598,7 +575,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def _leave_home(self, record: Record) -> None:
         if record.home is not None:
-            self._retire(record.home)
+            self._store.retire(record.home)
             record.home = None
             self._homes.discard(record.key)
 
@@ -627,7 +604,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             except BaseException:
                 for _, new, made in plan:
                     if made:
-                        self._retire(new)
+                        self._store.retire(new)
                 raise
             for entry, new, _ in plan:
                 self._swap(entry, new, mark)
@@ -642,30 +619,23 @@ class HierarchicalBufferPool(SimpleBufferPool):
             return record.home, False
         if tier is None:
             lower = _below(entry.tier)
-            tier = next((t for t in lower[:-1] if self._room_in(t) >= max(1, entry.nbytes)), lower[-1])
+            tier = next((t for t in lower[:-1] if self._store.room_in(t) >= max(1, entry.nbytes)), lower[-1])
         return self._obtain(_placed(entry.spec, tier)), True
 
     def _obtain(self, spec: BufferSpec) -> Ticket:
         """Take memory from the pool for work on the mover's stream. Pressure here may move what is not claimed."""
-        stream = self._mover.stream
-        ticket, kind = self._find(spec, stream)
+        store, stream = self._store, self._mover.stream
+        ticket, kind = store.find(spec, stream)
         if ticket is None:
             if not self._make_room(spec.tier, spec.size_bytes):
                 raise TierFullError(
-                    f"no room for {spec}: {self._room_in(spec.tier)} of {self._ledger.limit(spec.tier)} bytes are "
+                    f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
                     "free, and not enough of the rest can move. Release buffers, or raise the budget"
                 )
-            ticket, kind = self._find(spec, stream)
+            ticket, kind = store.find(spec, stream)
         if ticket is None:
-            ticket, kind = self._grow_or_trim(spec), "miss"
-        block = ticket.block
-        block.generation += 1
-        block.users = (stream,)
-        block.plain = False
-        if kind != "exact_hit":
-            self._counts["misses" if kind == "miss" else "class_hits"] += 1
-        if self._observed:
-            self._observe(kind, block)
+            ticket = store.grow_or_trim(spec)
+        store.lease(ticket, kind, stream)
         return ticket
 
     def _swap(self, entry: TieredEntry, new: Ticket, mark: Mark | None) -> None:
@@ -692,18 +662,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             record.copy = old
         else:
             self._drop_copy(record)
-            self._retire(old)
-
-    def _retire(self, ticket: Ticket) -> None:
-        """Release memory that an entry needs no more. Cannot fail: what cannot be marked now is tried again later."""
-        block = ticket.block
-        block.plain = False
-        try:
-            self._put_back(ticket, block)
-        except Exception:
-            self._parked.append(ticket)
-        if self._observed:
-            self._observe("release", block)
+            self._store.retire(old)
 
     # ------------------------------------------------------------------------------------------------- observation, end
 
@@ -718,9 +677,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
             shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
             return HierarchyStats(
                 **shared | self._moved,
+                settled=self._store.settled,
                 launches=mover.launches if mover else 0,
                 moved_bytes=mover.moved_bytes if mover else 0,
-                buffers_by_tier=MappingProxyType(tiers),
+                buffers_by_tier=Frozen(tiers),
             )
 
     def check(self) -> None:
@@ -742,12 +702,12 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 assert (record.home is not None) == (record.key in self._homes), f"{entry!r} is noted otherwise"
                 assert record.uses >= 0, f"{entry!r} has {record.uses} uses"
                 for ticket in held:
-                    assert ticket.block in self._blocks, f"{ticket.block} of {entry!r} is not the pool's"
+                    assert ticket.block in self._store.blocks, f"{ticket.block} of {entry!r} is not the pool's"
                     assert id(ticket.block) not in seen, f"{ticket.block} is held twice"
                     seen.add(id(ticket.block))
             assert sum(map(len, self._places.values())) == len(self._records), f"{self._places} of {len(self._records)}"
-            for ticket in (*self._idle_tickets(), *self._parked, *(t for line in self._pending.values() for t in line)):
-                assert id(ticket.block) not in seen, f"{ticket.block} is idle and held"
+            for block in (*(ticket.block for ticket in self._store.idle()), *self._store.waiting()):
+                assert id(block) not in seen, f"{block} is idle and held"
 
     def close(self) -> None:
         """Give up clean copies and idle memory, and refuse further leases, uses and moves.
@@ -755,11 +715,14 @@ class HierarchicalBufferPool(SimpleBufferPool):
         Leased buffers stay valid where they are, until released. Idempotent. CaptureError while a capture is open.
         """
         with self._lock:
-            self._refuse_capture("close")
+            self._store.refuse_capture("close")
             for record in list(self._records.values()):
                 self._drop_copy(record)
             super().close()
 
-    def __repr__(self) -> str:
-        state = "closed, " if self.closed else ""
-        return f"<HierarchicalBufferPool {state}{len(self._blocks)} buffers, {self._ledger.total} bytes>"
+    def _disown(self) -> None:
+        super()._disown()
+        self._records.clear()
+        self._gone.clear()
+        for keys in (self._homes, *self._places.values()):
+            keys.clear()

@@ -6,7 +6,6 @@ hand it on: who may still use it, and whether a live graph does. Knows no pool. 
 
 from __future__ import annotations
 
-import operator
 import threading
 import weakref
 from bisect import bisect_right
@@ -19,7 +18,7 @@ from . import _cuda
 from .errors import TierFullError
 from .spec import BufferSpec, Tier
 
-__all__ = ["EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "byte_count", "same_stream", "size_class"]
+__all__ = ["EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "same_memory", "same_stream", "size_class"]
 
 EXACT_ABOVE = 16 << 20
 """Requests above this many bytes are not rounded up."""
@@ -213,25 +212,9 @@ class Alarm(weakref.ref):  # type: ignore[type-arg]
         return alarm
 
 
-def byte_count(name: str, value: Any) -> int:
-    """Return `value` as a number of bytes, or say what is wrong with it.
-
-    Raises
-    ------
-    TypeError
-        It is not a whole number.
-    ValueError
-        It is negative.
-    """
-    try:
-        if isinstance(value, (bool, np.bool_)):
-            raise TypeError
-        nbytes = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}: give a whole number of bytes") from None
-    if nbytes < 0:
-        raise ValueError(f"{name} is {nbytes}: give a number of bytes >= 0")
-    return nbytes
+def same_memory(tier: Tier) -> tuple[Tier, ...]:
+    """Return the tiers that take room in one physical memory with `tier`: managed pages migrate to the card."""
+    return (Tier.PINNED,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
 
 
 class Ledger:
@@ -260,13 +243,16 @@ class Ledger:
         """Return the limit that `tier` counts against."""
         return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
 
+    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
+        """Return the tiers that count against one limit with `tier`, itself included."""
+        return same_memory(tier)
+
     def room(self, tier: Tier) -> int | None:
         """Return the bytes that may still be asked for, None where there is no limit."""
         limit = self.limit(tier)
         if limit is None:
             return None
-        sharing = (tier,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
-        return limit - sum(self.reserved[each] + self.promised[each] for each in sharing)
+        return limit - sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
 
     def promise(self, tier: Tier, nbytes: int) -> None:
         """Set `nbytes` aside before the driver is asked; raise TierFullError, with nothing changed, without room."""

@@ -24,7 +24,7 @@ RANGES = {
     "predictive.PredictiveBufferManager.prewarm": "prewarm",
     "pool.SimpleBufferPool.reserve": "reserve",
     "pool.SimpleBufferPool.trim": "trim",
-    "pool.SimpleBufferPool._climb": "allocate from the driver",
+    "ladder.Ladder.climb": "allocate from the driver",
     "hierarchy.HierarchicalBufferPool.promote": "promote",
     "hierarchy.HierarchicalBufferPool.demote": "demote",
     "hierarchy.HierarchicalBufferPool.prefetch": "prefetch",

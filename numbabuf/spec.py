@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import enum
 import math
-import operator
 from typing import Any
 
 import numpy as np
+
+from .checks import whole_number
 
 __all__ = ["BufferSpec", "BufferState", "Tier", "is_bfloat16", "resolve_dtype"]
 
@@ -154,16 +155,6 @@ class BufferSpec:
 
 
 def _resolve_shape(shape: Any) -> tuple[int, ...]:
-    entries = shape if isinstance(shape, (tuple, list)) else (shape,)
-    resolved = []
-    for entry in entries:
-        if isinstance(entry, (bool, np.bool_)):
-            raise TypeError(f"shape {shape!r} holds a bool: give numbers of elements")
-        try:
-            size = operator.index(entry)
-        except TypeError:
-            raise TypeError(f"shape {shape!r} holds {entry!r}: give integers, numbers of elements") from None
-        if size < 0:
-            raise ValueError(f"shape {shape!r} holds the negative size {size}")
-        resolved.append(size)
-    return tuple(resolved)
+    if not isinstance(shape, (tuple, list)):
+        return (whole_number("shape", shape),)
+    return tuple(whole_number(f"shape[{i}]", entry) for i, entry in enumerate(shape))

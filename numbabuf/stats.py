@@ -1,4 +1,4 @@
-"""Frozen snapshots that every `stats()` returns, scopes that count what happens inside a `with`, and the event ring.
+"""Frozen snapshots that every `stats()` returns, and what watches a pool: scopes, the event ring, debug mode.
 
 Values and small counters only: nothing here knows a pool, a lock or a device; who uses them holds the lock. Sits above
 `spec`, below `memory`.
@@ -6,27 +6,61 @@ Values and small counters only: nothing here knows a pool, a lock or a device; w
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 
-from . import html
+from . import config, html
 from .spec import Tier
 
 __all__ = [
     "EVENT_DTYPE",
     "EventRing",
+    "Frozen",
+    "HierarchyStats",
     "ManagerStats",
     "OomSteps",
     "PoolStats",
     "PredictionStats",
     "Scope",
     "ScopeStats",
+    "Watch",
+    "caller",
 ]
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class Frozen(Mapping[_K, _V]):
+    """A mapping that cannot change; unlike `types.MappingProxyType` it can be copied and pickled.
+
+    Examples
+    --------
+    >>> Frozen({"a": 1}) == {"a": 1}
+    True
+    """
+
+    def __init__(self, items: Mapping[_K, _V] | Iterable[tuple[_K, _V]] = ()) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: _K) -> _V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[_K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclass(frozen=True)
@@ -37,6 +71,8 @@ class OomSteps:
     """Buffers whose queued work had finished were looked for."""
     trim: int = 0
     """Idle memory was freed."""
+    demote: int = 0
+    """Buffers of a hierarchical pool were sent to the tiers below."""
     collect: int = 0
     """Python's garbage collector was run."""
     flush: int = 0
@@ -92,7 +128,7 @@ class PoolStats:
     lost_streams: int
     """Releases whose stream could not be marked any more, so that the host waited for the device instead."""
     oom: OomSteps = field(default_factory=OomSteps)
-    reserved_by_tier: Mapping[Tier, int] = field(default_factory=lambda: MappingProxyType({}))
+    reserved_by_tier: Mapping[Tier, int] = field(default_factory=Frozen)
 
     @property
     def hit_rate(self) -> float:
@@ -106,6 +142,29 @@ class PoolStats:
             type(self).__name__, html.bar(use, unit="bytes"), html.bar(tiers, unit="bytes") if len(tiers) > 1 else "",
             html.fields(self), html.fields(self.oom) if any(vars(self.oom).values()) else "",
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HierarchyStats(PoolStats):
+    """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
+
+    promotions: int = 0
+    """Buffers brought to device memory."""
+    demotions: int = 0
+    """Buffers sent from it, or from managed memory, downwards."""
+    clean_demotions: int = 0
+    """Those of them that had a copy below already, so that nothing had to be copied."""
+    in_place: int = 0
+    """Uses of a buffer that stayed outside device memory."""
+    refused: int = 0
+    """Those of them that the policy would not have evict others."""
+    launches: int = 0
+    """Batches of copies, one kernel launch each."""
+    moved_bytes: int = 0
+    settled: int = 0
+    """Managed allocations whose pages the driver keeps on the host; others it migrates on access."""
+    buffers_by_tier: Mapping[Tier, int] = field(default_factory=Frozen)
+    """Leased buffers by the tier that their contents are in."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +276,62 @@ class EventRing:
         if self.count <= size:
             return self._records[: self.count].copy()
         return np.roll(self._records, -(self.count % size))
+
+
+class Watch:
+    """All that watches one pool's memory: open scopes, the event ring, and in debug mode where each lease was made.
+
+    Parameters
+    ----------
+    events
+        Capacity of the ring; 0 for none.
+
+    Attributes
+    ----------
+    debug : bool
+        Whether NUMBABUF_DEBUG was on.
+    ring : EventRing or None
+    """
+
+    def __init__(self, events: int = 0) -> None:
+        self.debug = config.enabled("NUMBABUF_DEBUG")
+        self.ring = EventRing(events) if events else None
+        self._scopes: list[Scope] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody watches."""
+        return bool(self._scopes) or self.ring is not None or self.debug
+
+    def open(self, scope: Scope) -> None:
+        """Have `scope` count from here on."""
+        self._scopes.append(scope)
+
+    def close(self, scope: Scope) -> None:
+        """Have `scope` count no more."""
+        self._scopes.remove(scope)
+
+    def tell(self, kind: str, block: Any) -> None:
+        """Note that something of `EVENT_KINDS` happened to a `memory.Block`. Holds the pool's lock."""
+        if kind in ("exact_hit", "class_hit", "miss"):
+            for scope in self._scopes:
+                scope.add(block.nbytes)
+            if self.debug:
+                block.site = caller()
+        elif kind in ("release", "lost"):
+            for scope in self._scopes:
+                scope.remove(block.nbytes)
+        if self.ring is not None:
+            self.ring.add(kind, block.tier, block.address, block.nbytes, block.generation)
+
+
+def caller() -> str:
+    """Return the file and line of the first frame outside numbabuf."""
+    here = os.path.dirname(__file__)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == here:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def works(pool):
             entry, _ = attempt(pool.allocate, BufferSpec(16, "uint8", tier))
             if entry is not None:
                 entry.release()
-        for limit in (pool._ledger.limit(tier) for tier in Tier):
+        for limit in (pool._store.ledger.limit(tier) for tier in Tier):
             assert limit is None or limit == int(limit) >= 0
         pool.check()
 

@@ -42,7 +42,7 @@ def test_a_block_that_is_not_plain_goes_to_its_pool(entry, home):
     ticket = entry._held[0]
     stream = _cuda.as_stream(None)
     entry.release(stream=stream)
-    assert calls == [(ticket, block, stream)] and not home
+    assert calls == [(ticket, stream)] and not home
     with pytest.raises(RuntimeError, match=r"somewhere\.py:7"):
         entry.release()
 

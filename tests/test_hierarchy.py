@@ -204,7 +204,7 @@ def test_the_ladder_demotes_where_the_driver_has_less_than_the_budget(make, monk
 
     def two_at_most(nbytes):
         asked.append(nbytes)
-        if pool._ledger.reserved[Tier.DEVICE] >= 3072:
+        if pool._store.ledger.reserved[Tier.DEVICE] >= 3072:
             raise MemoryError("the driver has no more")
         return empty(nbytes)
 
@@ -534,9 +534,9 @@ def test_memory_that_cannot_be_marked_is_taken_back_later(make, stream, monkeypa
     entry = pool.allocate(spec(1024))
     write(pool, entry, 4, stream)
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "_put_back", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+        patch.setattr(pool._store, "put_back", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
         pool.demote([entry])
-        assert entry.tier is Tier.PINNED and len(pool._parked) == 1
+        assert entry.tier is Tier.PINNED and len(pool._store._parked) == 1
         pool.check()
     stream.synchronize()
     assert pool.allocate(spec(4096)).tier is Tier.DEVICE, "the parked memory came home"

@@ -183,7 +183,7 @@ class Churn:
     def check(self, contents=True):
         self.pool.check()
         for tier, budget in BUDGETS.items():
-            assert self.pool._ledger.reserved[tier] + self.pool._ledger.promised[tier] <= budget
+            assert self.pool._store.ledger.reserved[tier] + self.pool._store.ledger.promised[tier] <= budget
         if contents:
             _cuda.synchronize()
             for entry, wanted in self.shadow.items():

@@ -14,9 +14,9 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
 ORDER = (
-    "errors config _cuda spec buckets html interop stats progress demand kernels memory entry pool "
-    "policies moves calibration tiered hierarchy slot staging arena lease graph manager predictive factory nvtx report "
-    "timeline plots testing ext traces planning pipeline info cli __main__"
+    "errors checks config _cuda spec buckets html interop stats progress demand kernels memory entry shelves ordering "
+    "store ladder pool policies moves calibration tiered hierarchy slot staging arena lease graph manager predictive "
+    "factory nvtx report timeline plots testing ext traces planning pipeline info cli __main__"
 ).split()
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")

@@ -818,7 +818,7 @@ def test_a_finaliser_takes_no_lock(pool):
         gc.collect()
         dropped.set()
 
-    with pool._lock:
+    with pool._store.lock:
         thread = threading.Thread(target=drop, daemon=True)
         thread.start()
         assert dropped.wait(20)
@@ -876,7 +876,7 @@ def test_a_pool_in_a_cycle_is_collected_quietly(capsys):
     owner.entry = owner.pool.allocate(pinned(64))
     owner.idle = owner.pool.allocate(device(64))
     owner.idle.release()
-    blocks = [weakref.ref(block) for block in owner.pool._blocks]
+    blocks = [weakref.ref(block) for block in owner.pool._store.blocks]
     del owner
     gc.collect()
     gc.collect()
@@ -918,7 +918,7 @@ FORK = """
 import os, sys, gc, threading
 holding, go = threading.Event(), threading.Event()
 def hold():
-    with pool._lock:
+    with pool._store.lock:
         holding.set()
         go.wait(20)
 thread = threading.Thread(target=hold)
@@ -989,21 +989,21 @@ def test_a_hit_and_its_release_take_no_lock(pool):
 
     specs = [BufferSpec(8, "uint8", tier) for tier in Tier]
     pool.reserve(specs)
-    lock, pool._lock = pool._lock, Forbidden()
+    lock, pool._store.lock = pool._store.lock, Forbidden()
     try:
         for spec in specs * 3:
             pool.allocate(spec).release()
         with pytest.raises(AssertionError, match="took the lock"):
             pool.allocate(pinned(9))
     finally:
-        pool._lock = lock
+        pool._store.lock = lock
     assert pool.stats().exact_hits == 9
 
 
 def test_after_a_scope_leases_are_hot_again(pool):
     with pool.statistics():
         entry = pool.allocate(pinned(8))
-    assert not pool._hot or pool._hot == {pinned(8): pool._shelves[pinned(8)].ready}
+    assert not pool._hot or pool._hot == {pinned(8): pool._store.shelves.of(pinned(8)).ready}
     entry.release()
     with pool.allocate(pinned(8)) as entry:
         assert entry._held[0].block.plain
@@ -1017,7 +1017,7 @@ def test_the_event_ring_tells_the_story():
         pool.stats()
         pool.clear()
         records = pool.events()
-        kinds = [pool._ring.KINDS[kind] for kind in records["kind"]]
+        kinds = [pool._store.watch.ring.KINDS[kind] for kind in records["kind"]]
         assert kinds == ["grow", "miss", "release", "class_hit", "lost", "free"]
         assert set(records["nbytes"]) == {104} and len(set(records["address"])) == 1
         assert list(records["generation"]) == [0, 1, 1, 2, 2, 2]
@@ -1034,7 +1034,7 @@ def test_check_finds_what_is_wrong(pool):
     entries = [pool.allocate(pinned(8)) for _ in range(2)]
     blocks = [entry._held[0].block for entry in entries]
     entries[0].release()
-    shelf = pool._shelves[pinned(8)]
+    shelf = pool._store.shelves.of(pinned(8))
 
     def twice():
         shelf.ready.append(shelf.ready[0])
@@ -1045,20 +1045,20 @@ def test_check_finds_what_is_wrong(pool):
         return lambda: setattr(blocks[1], "address", old)
 
     def account():
-        pool._ledger.reserved[Tier.PINNED] += 1
-        return lambda: pool._ledger.reserved.update({Tier.PINNED: 16})
+        pool._store.ledger.reserved[Tier.PINNED] += 1
+        return lambda: pool._store.ledger.reserved.update({Tier.PINNED: 16})
 
     def small():
         blocks[1].nbytes = 4
         return lambda: setattr(blocks[1], "nbytes", 8)
 
     def limit():
-        pool._ledger.max_pinned_bytes = 15
-        return lambda: setattr(pool._ledger, "max_pinned_bytes", None)
+        pool._store.ledger.max_pinned_bytes = 15
+        return lambda: setattr(pool._store.ledger, "max_pinned_bytes", None)
 
     def foreign():
-        del pool._blocks[blocks[0]]
-        return lambda: pool._blocks.__setitem__(blocks[0], None)
+        del pool._store.blocks[blocks[0]]
+        return lambda: pool._store.blocks.__setitem__(blocks[0], None)
 
     for damage in (twice, overlap, account, small, limit, foreign):
         repair = damage()

@@ -86,7 +86,7 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
 
     def forget_idle(self):
         """After a trim: drop from the model what the pool has freed, and nothing else."""
-        there = {block.address for block in self.pool._blocks}
+        there = {block.address for block in self.pool._store.blocks}
         for address in self.idle_addresses() - there:
             self.take(address)
             del self.blocks[address]
@@ -142,16 +142,16 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             self.pool.reserve(wanted)
         except TierFullError:
             self.forget_idle()
-            there = {block.address for block in self.pool._blocks}
+            there = {block.address for block in self.pool._store.blocks}
             assert there == set(self.blocks), "a reservation that failed left a buffer behind"
             return
         self.forget_idle()
-        for spec, shelf in self.pool._shelves.items():
+        for shelf in self.pool._store.shelves:
             for ticket in shelf.ready:
                 if ticket.block.address not in before:
                     self.blocks[ticket.block.address] = ticket.block.nbytes
-            self.idle[spec] = [ticket.block.address for ticket in shelf.ready]
-            assert len(self.idle[spec]) >= wanted.count(spec)
+            self.idle[shelf.spec] = [ticket.block.address for ticket in shelf.ready]
+            assert len(self.idle[shelf.spec]) >= wanted.count(shelf.spec)
         assert before - self.idle_addresses() == before - set(self.blocks)
 
     @rule()

@@ -185,7 +185,7 @@ def account(load, live):
     found = {
         "reserved by the pool": pool.reserved_bytes, "buffers of the pool": pool.reserved_count,
         "buffers of the hierarchy": tiers.reserved_count, "pending": pool.pending_count + tiers.pending_count,
-        "spare events": len(load.pool._spare_events), "specs known": len(load.pool._shelves),
+        "spare events": len(load.pool._store.order.spare), "specs known": len(load.pool._store.shelves),
         "records": len(load.tiers._records), "graphs": load.manager.stats().graphs,
         "leaving": len(load.manager._leaving), "put off": put_off(),
         "threads": threading.active_count(), "files": open_files(),

@@ -1,0 +1,53 @@
+"""What an argument must be, said in one place: the same test and the same words wherever a number is asked for.
+
+Values in, values out: nothing here knows what the number is for but its name. Sits above `errors`, below everything
+that takes arguments.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+__all__ = ["whole_number"]
+
+
+def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """Return `value` as an int, or say what is wrong with it.
+
+    Parameters
+    ----------
+    name
+        What the caller calls it, unit included: "max_bytes".
+    value
+        Anything that Python takes for an index: ints and NumPy's integers, but no bool, and no float, not even 2.0.
+    least, most
+        The range it must be in, both ends included; `most` None for no upper end.
+
+    Raises
+    ------
+    TypeError
+        It is not a whole number.
+    ValueError
+        It is out of range.
+
+    Examples
+    --------
+    >>> whole_number("max_bytes", np.int64(1024))
+    1024
+    >>> whole_number("k", 0, least=1)
+    Traceback (most recent call last):
+    ValueError: k is 0: give a whole number >= 1
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: give a whole number") from None
+    if number < least or (most is not None and number > most):
+        wanted = f">= {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {number}: give a whole number {wanted}")
+    return number

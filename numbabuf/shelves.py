@@ -1,0 +1,139 @@
+"""The idle buffers of a pool, by spec and by size class, and by whether queued work may still use them.
+
+A place for tickets and nothing more: what may be handed to whom is `ordering`'s to say. Sits above `memory`, below
+`ordering`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from .memory import Ticket, size_class
+from .spec import BufferSpec, Tier
+
+__all__ = ["Shelf", "Shelves", "pop_fitting", "pop_oldest"]
+
+
+class Shelf:
+    """The idle buffers of one spec.
+
+    Attributes
+    ----------
+    spec : BufferSpec
+    ready : deque of Ticket
+        Those with no work queued on them but the default stream's, newest right. A hit pops here and a plain release
+        appends, both without a lock: each is one step for all threads.
+    ordered : dict of int to deque of Ticket
+        Those that other streams may still use, by the handle of the stream that released them, newest right.
+    """
+
+    __slots__ = ("ordered", "ready", "spec")
+
+    def __init__(self, spec: BufferSpec) -> None:
+        self.spec = spec
+        self.ready: deque[Ticket] = deque()
+        self.ordered: dict[int, deque[Ticket]] = {}
+
+    def pop_idle(self) -> tuple[Ticket, deque[Ticket]] | None:
+        """Take the buffer that has been idle longest, ready ones first; return it with the line that it was in."""
+        for line in (self.ready, *self.ordered.values()):
+            ticket = pop_oldest(line)
+            if ticket is not None:
+                return ticket, line
+        return None
+
+
+class Shelves:
+    """All shelves of a pool.
+
+    Attributes
+    ----------
+    by_spec : dict of BufferSpec to Shelf
+        All of them.
+    hot : dict of BufferSpec to deque of Ticket
+        The `ready` lines, for hits that take no lock. Always this one dictionary, empty while `serve` is off: whoever
+        looks here must then come by the locked way.
+
+    Notes
+    -----
+    Threads: the caller holds the pool's lock, but for the ends of `ready` lines and for look-ups in `hot`.
+    """
+
+    def __init__(self) -> None:
+        self.hot: dict[BufferSpec, deque[Ticket]] = {}
+        self.by_spec: dict[BufferSpec, Shelf] = {}
+        self._classes: dict[tuple[Tier, int], dict[BufferSpec, Shelf]] = {}
+        self._serving = True
+
+    def __iter__(self) -> Iterator[Shelf]:
+        """All shelves there are now; later ones do not disturb."""
+        return iter(list(self.by_spec.values()))
+
+    def __len__(self) -> int:
+        return len(self.by_spec)
+
+    def of(self, spec: BufferSpec) -> Shelf:
+        """Return the shelf of `spec`, made at need."""
+        shelf = self.by_spec.get(spec)
+        if shelf is None:
+            shelf = self.by_spec[spec] = Shelf(spec)
+            self._classes.setdefault(_class_key(spec), {})[spec] = shelf
+            if self._serving:
+                self.hot[spec] = shelf.ready
+        return shelf
+
+    def kin(self, spec: BufferSpec) -> list[Shelf]:
+        """Return the shelves of other specs of the same tier and size class."""
+        own = self.by_spec.get(spec)
+        return [shelf for shelf in list(self._classes.get(_class_key(spec), {}).values()) if shelf is not own]
+
+    def serve(self, hot: bool) -> None:
+        """Let hits be served from `hot`, or send them all by the locked way."""
+        self._serving = hot
+        if hot:
+            self.hot.update({shelf.spec: shelf.ready for shelf in self})
+        else:
+            self.hot.clear()
+
+    def idle(self) -> list[Ticket]:
+        """Return all idle buffers, as of one moment: the lines are copied in one step, in which no hit can move."""
+        shelves = list(self)
+        lines: list[Any] = [shelf.ready for shelf in shelves]
+        lines += [line for shelf in shelves for line in shelf.ordered.values()]
+        return [ticket for line in list(map(list, lines)) for ticket in line]
+
+    def forget_others(self, specs: set[BufferSpec]) -> None:
+        """Drop the shelves of specs that are none of `specs`; no block is there for them any more."""
+        for shelf in self:
+            if shelf.spec not in specs:
+                key = _class_key(shelf.spec)
+                del self.by_spec[shelf.spec], self._classes[key][shelf.spec]
+                if not self._classes[key]:
+                    del self._classes[key]
+                self.hot.pop(shelf.spec, None)
+
+
+def _class_key(spec: BufferSpec) -> tuple[Tier, int]:
+    return spec.tier, size_class(max(1, spec.size_bytes))
+
+
+def pop_fitting(line: deque[Ticket], nbytes: int) -> Ticket | None:
+    """Pop the newest ticket if its block holds `nbytes`; capacity is compared with the request, whatever the class."""
+    try:
+        ticket = line.pop()
+    except IndexError:
+        return None
+    if ticket.block.nbytes >= nbytes:
+        return ticket
+    line.append(ticket)
+    return None
+
+
+def pop_oldest(line: deque[Ticket]) -> Ticket | None:
+    """Pop the ticket that was put there first, if any."""
+    try:
+        return line.popleft()
+    except IndexError:
+        return None

@@ -1,0 +1,508 @@
+"""The memory of one pool: taken from the driver within limits, leased, waited for, idle, and given back.
+
+What both pools are made of. It hands out tickets, not leases, and makes no room by itself: who asks is told that there
+is none, and may climb the `ladder`. Sits above `ordering` and `shelves`, below `ladder` and `pool`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from . import _cuda
+from .errors import CaptureError, ClosedError
+from .memory import Alarm, Block, Ledger, Ticket, same_memory, size_class
+from .ordering import StreamOrder
+from .shelves import Shelves, pop_fitting
+from .spec import BufferSpec, Tier
+from .stats import Watch
+
+__all__ = ["Store"]
+
+_log = logging.getLogger("numbabuf")
+_open_captures = _cuda.captures
+
+
+class Store:
+    """All blocks of one pool and what becomes of them.
+
+    Parameters
+    ----------
+    ledger
+        The account, with the limits.
+    owner
+        Returns the pool, or None when that is gone; entries find their pool by it.
+    reuse
+        As in `SimpleBufferPool`.
+    events
+        Capacity of the event ring, 0 for none.
+
+    Attributes
+    ----------
+    lock : threading.RLock
+        Guards everything here but the ends of the shelves' `ready` lines. It can be taken again by its holder: the
+        collector may run a user's finaliser that releases an entry.
+    closed : str
+        Why there are no leases any more; empty while there are.
+    blocks : dict of Block to Alarm
+        All there are.
+    counts : dict of str to int
+        Of `stats.PoolStats`, what is counted here.
+
+    Notes
+    -----
+    A block is in one place at a time: its ticket is with a leaseholder; on a shelf; pending, released with marks that
+    are not reached and that the next user cannot be put behind; or parked, released in a capture or under a live graph.
+    Or its ticket died, and its alarm is among the lost.
+    Threads: a method takes the lock by itself, but where it says "Lock held" its caller has it.
+    """
+
+    def __init__(self, ledger: Ledger, owner: Callable[[], Any], *, reuse: str = "wait", events: int = 0) -> None:
+        self.closed = ""
+        self.watch = Watch(events)
+        self._owner = owner
+        self._begin(ledger, StreamOrder(reuse))
+
+    def _begin(self, ledger: Ledger, order: StreamOrder) -> None:
+        """Start without any memory."""
+        self.lock = threading.RLock()
+        self.ledger = ledger
+        self.order = order
+        self.shelves = Shelves()
+        self.blocks: dict[Block, Alarm] = {}
+        self.counts = dict.fromkeys(("class_hits", "misses", "lost", "freed"), 0)
+        self.past_leases = self.past_bytes = 0  # of blocks that were freed
+        self.peak_count = 0
+        self._pending: dict[int, deque[Ticket]] = {}  # by the stream that released them, oldest left
+        self._parked: list[Ticket] = []
+        self._lost: deque[Alarm] = deque()  # those that went off
+        self.set_hot()
+
+    # ---------------------------------------------------------------------------------------------------- out and back
+
+    def find(self, spec: BufferSpec, stream: Any) -> tuple[Ticket | None, str]:
+        """Take an idle buffer that serves `spec` on `stream`, and say how it was found. Lock held."""
+        for attempt in range(2):
+            shelf = self.shelves.by_spec.get(spec)
+            ticket = None if shelf is None else self.order.take(shelf, spec.size_bytes, stream)
+            if ticket is not None:
+                return ticket, "exact_hit"
+            if attempt == 0 and not self.settle():
+                break
+        for other in self.shelves.kin(spec):
+            ticket = self.order.take(other, spec.size_bytes, stream)
+            if ticket is not None:
+                ticket.block.become(spec)
+                ticket.block.home = self.shelves.of(spec).ready.append
+                return ticket, "class_hit"
+        return None, "miss"
+
+    def lease(self, ticket: Ticket, kind: str, stream: Any) -> None:
+        """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
+        block = ticket.block
+        block.generation += 1
+        if stream is not None:
+            block.users = (stream,)
+            block.plain = False
+        if kind == "miss":
+            self.counts["misses"] += 1
+        elif kind == "class_hit":
+            self.counts["class_hits"] += 1
+        if not self._hot:
+            block.plain = False
+            self.watch.tell(kind, block)
+
+    def release(self, ticket: Ticket, stream: Any) -> None:
+        """End a lease, whose last work is on `stream`; on an error it goes on as before."""
+        block = ticket.block
+        with self.lock:
+            users = block.users
+            if stream is not None:
+                block.add_user(stream)
+            try:
+                self.put_back(ticket)
+            except BaseException:
+                block.users = users
+                raise
+            if not self._hot:
+                self.watch.tell("release", block)
+
+    def retire(self, ticket: Ticket) -> None:
+        """End a lease without fail: what cannot be marked now is tried again later. Lock held."""
+        ticket.block.plain = False
+        try:
+            self.put_back(ticket)
+        except Exception:
+            self._parked.append(ticket)
+        self.tell("release", ticket.block)
+
+    def put_back(self, ticket: Ticket) -> None:
+        """Put a released buffer where its users and the captures allow. Lock held."""
+        block = ticket.block
+        if _open_captures or block.pinned_by_graph:
+            self._parked.append(ticket)
+            return
+        marked = self.order.mark_users(block)
+        block.plain = self._hot
+        if not marked:
+            self.go_home(ticket)
+            return
+        handle = block.events[-1][0].handle  # of the stream that released it
+        if block.tier is not Tier.DEVICE or self.order.reuse == "done" or self.closed:
+            self._pending.setdefault(handle, deque()).append(ticket)
+        else:
+            shelf = self.shelves.of(block.spec)
+            shelf.ordered.setdefault(handle, deque()).append(ticket)
+
+    def go_home(self, ticket: Ticket) -> None:
+        """Put a buffer that needs no mark on its shelf, or free it if the pool is closed. Lock held."""
+        if self.closed:
+            self.free(ticket)
+        else:
+            ticket.block.home(ticket)
+
+    def settle(self) -> bool:
+        """Bring home what was lost, parked or pending and is free by now; whether anything was. Lock held."""
+        if _open_captures:
+            return False
+        if self._pending:
+            _cuda.require()
+        moved = self._reclaim()
+        for ticket in list(self._parked):
+            if not ticket.block.pinned_by_graph:
+                self.put_back(ticket)
+                self._parked.remove(ticket)
+                moved = True
+        for handle, line in list(self._pending.items()):
+            moved |= self._settle_line(line)
+            if not line:
+                self._pending.pop(handle, None)
+        return moved
+
+    def _settle_line(self, line: deque[Ticket]) -> bool:
+        """Bring home what is done of one stream's pending buffers, which finish in order."""
+        moved = False
+        while line:
+            # Taken before it is asked about: a finaliser that runs meanwhile may call the pool, and settle, too.
+            ticket = line.popleft()
+            block, done = ticket.block, False
+            try:
+                done = self.order.done(block)
+            finally:
+                if not done:
+                    line.appendleft(ticket)
+            if not done:
+                break
+            moved = True
+            block.clean_at = block.generation
+            self.order.forget_marks(block)
+            self.go_home(ticket)
+        return moved
+
+    def _reclaim(self) -> bool:
+        """Take back the blocks whose tickets died, and report each."""
+        found = False
+        while self._lost:
+            block = self._lost.popleft().block
+            found = True
+            self.counts["lost"] += 1
+            _log.warning(
+                "%s was dropped without release%s; it was reclaimed. Release each entry, or use it in a with statement",
+                block.spec, f" (allocated at {block.site})" if block.site else "",
+            )  # fmt: skip
+            self.tell("lost", block)
+            self.put_back(self._issue(block))
+        return found
+
+    def finish_pending(self) -> None:
+        """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
+        with self.lock:
+            for line in list(self._pending.values()):
+                for ticket in list(line):
+                    self.order.wait(ticket.block)
+            self.settle()
+
+    # ------------------------------------------------------------------------------------------- the driver and back
+
+    def grow(self, spec: BufferSpec) -> Ticket:
+        """Take one block from the driver: reserved before the call, and given back if it fails.
+
+        Raises
+        ------
+        ClosedError, TierFullError
+            The pool is closed; the block does not fit the limit.
+        Exception
+            What the driver says.
+        """
+        exact = max(1, spec.size_bytes)
+        nbytes = size_class(exact)
+        with self.lock:
+            self.refuse_closed()
+            room = self.ledger.room(spec.tier)
+            if room is not None and exact <= room < nbytes:
+                nbytes = exact  # rounding is not worth a refusal
+            self.ledger.promise(spec.tier, nbytes)
+        try:
+            block = Block(spec, nbytes)
+        except BaseException:
+            with self.lock:
+                self.ledger.withdraw(spec.tier, nbytes)
+            raise
+        with self.lock:
+            self.ledger.keep(spec.tier, nbytes)
+            self.peak_count = max(self.peak_count, len(self.blocks) + 1)
+            block.pool = self._owner
+            block.home = self.shelves.of(spec).ready.append
+            block.plain = self._hot
+            self.tell("grow", block)
+            return self._issue(block)
+
+    def grow_or_trim(self, spec: BufferSpec) -> Ticket:
+        """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
+        try:
+            return self.grow(spec)
+        except Exception as error:
+            if not _cuda.is_out_of_memory(error):
+                raise
+        self.make_room(spec.tier, max(1, spec.size_bytes))
+        _cuda.flush_pending_frees()
+        return self.grow(spec)
+
+    def reserve(self, specs: list[BufferSpec]) -> list[BufferSpec]:
+        """Have an idle buffer for each of `specs`, free for any stream; return those that do not fit.
+
+        If there are any, or on an error, what was taken from the driver for this is freed again.
+        """
+        held: list[Ticket] = []
+        missing = []
+        with self.lock:
+            self.settle()
+            for spec in specs:
+                shelf = self.shelves.by_spec.get(spec)
+                ticket = None if shelf is None else pop_fitting(shelf.ready, spec.size_bytes)
+                if ticket is None:
+                    missing.append(spec)
+                else:
+                    held.append(ticket)
+        made: list[Ticket] = []
+        refused: list[BufferSpec] = []
+        try:
+            unsure = [ticket.block for ticket in held if ticket.block.tier is Tier.DEVICE and not ticket.block.clean]
+            if unsure:
+                _cuda.require()
+                self.order.default.synchronize()
+                for block in unsure:
+                    block.clean_at = block.generation
+            for spec in missing:
+                try:
+                    made.append(self.grow_or_trim(spec))
+                except Exception as error:
+                    if not _cuda.is_out_of_memory(error):
+                        raise
+                    refused.append(spec)
+        except BaseException:
+            refused = missing
+            raise
+        finally:
+            with self.lock:
+                for ticket in held:
+                    self.go_home(ticket)
+                for ticket in made:
+                    if refused:
+                        self.free(ticket)
+                    else:
+                        self.go_home(ticket)
+        return refused
+
+    def make_room(self, tier: Tier, nbytes: int) -> int:
+        """Free idle memory to make room in a tier: what its limit lacks, or all there if it is the driver that is full.
+
+        Returns the bytes freed.
+        """
+        with self.lock:
+            room = self.ledger.room(tier)
+            if room is not None and room < nbytes:
+                freed = self.free_idle(nbytes - room, self.ledger.sharing(tier))
+            else:
+                freed = self.free_idle(self.ledger.total, same_memory(tier))
+        if freed:
+            _cuda.flush_pending_frees()
+        return freed
+
+    def free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
+        """Free idle blocks until `nbytes` are freed or none is left. Lock held; no capture is open."""
+        freed = 0
+        synchronised = False
+        for shelf in self.shelves:
+            while freed < nbytes and shelf.spec.tier in tiers:
+                found = shelf.pop_idle()
+                if found is None:
+                    break
+                ticket, line = found
+                block = ticket.block
+                try:
+                    _cuda.require()
+                    if shelf.spec.tier is Tier.DEVICE and not block.events and not synchronised:
+                        self.order.default.synchronize()
+                        synchronised = True
+                    self.order.wait(block)
+                except BaseException:
+                    line.appendleft(ticket)
+                    raise
+                freed += block.nbytes
+                self.free(ticket)
+        self.shelves.forget_others({block.spec for block in self.blocks})
+        return freed
+
+    def free(self, ticket: Ticket) -> None:
+        """Give a block back to the driver. Lock held."""
+        block = ticket.block
+        _cuda.require()  # Numba frees in the thread that drops the last reference
+        self.order.forget_marks(block)
+        del self.blocks[block]
+        self.ledger.give_back(block.tier, block.nbytes)
+        self.past_leases += block.generation
+        self.past_bytes += block.generation * block.nbytes
+        self.counts["freed"] += 1
+        self.tell("free", block)
+
+    def _issue(self, block: Block) -> Ticket:
+        """Make the one ticket of a block, and see to it that its loss is noticed."""
+        ticket = Ticket(block)
+        self.blocks[block] = Alarm.watch(ticket, self._lost.append)
+        return ticket
+
+    # ------------------------------------------------------------------------------------------- open, watched, closed
+
+    def set_hot(self) -> None:
+        """Send every lease by the locked way while somebody watches or the pool is closed, else let hits go past it."""
+        with self.lock:
+            self._hot = not self.watch.active and not self.closed
+            self.shelves.serve(self._hot)
+            if not self._hot:
+                for block in self.blocks:
+                    block.plain = False
+            # else: a block becomes plain at its next release, which looks at its users and its graphs
+
+    def tell(self, kind: str, block: Block) -> None:
+        """Tell those who watch what happened to a block. Lock held."""
+        if not self._hot:
+            self.watch.tell(kind, block)
+
+    def close(self, reason: str) -> int:
+        """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
+        with self.lock:
+            self.settle()
+            self.closed = self.closed or reason
+            self.set_hot()
+            self.finish_pending()
+            return self.free_idle(self.ledger.total, tuple(Tier))
+
+    def refuse_closed(self) -> None:
+        """Raise ClosedError if the pool is closed."""
+        if self.closed:
+            raise ClosedError(self.closed)
+
+    @staticmethod
+    def refuse_capture(what: str) -> None:
+        """Raise CaptureError if a capture is open on the device."""
+        if _cuda.capturing():
+            raise CaptureError(f"{what} frees memory, which a capture forbids: call it before or after the capture")
+
+    # ------------------------------------------------------------------------------------------------------- looking on
+
+    def idle(self) -> list[Ticket]:
+        """Return all idle buffers. Lock held."""
+        return self.shelves.idle()
+
+    def pending(self) -> list[Block]:
+        """Return what is released and comes home when the work on it is done. Lock held."""
+        return [ticket.block for line in self._pending.values() for ticket in line]
+
+    def waiting(self) -> list[Block]:
+        """Return all that is released or lost and not idle yet. Lock held."""
+        return self.pending() + [ticket.block for ticket in self._parked] + [alarm.block for alarm in self._lost]
+
+    def check(self, title: str) -> None:
+        """Assert what holds for all memory at any time; the text of a failure begins with what fails and `title`."""
+        with self.lock:
+            seen: dict[Block, str] = {}
+
+            def place(ticket: Ticket, where: str) -> None:
+                block = ticket.block
+                assert block in self.blocks, f"{block}, {where}, is not the pool's"
+                assert block not in seen, f"{block} is {seen[block]} and {where}"
+                seen[block] = where
+
+            try:
+                for shelf in self.shelves:
+                    for ticket in list(shelf.ready):
+                        place(ticket, f"ready for {shelf.spec}")
+                        assert ticket.block.spec == shelf.spec, f"{ticket.block} is on the shelf of {shelf.spec}"
+                        assert not ticket.block.events, f"{ticket.block} waits on a ready shelf"
+                        assert not ticket.block.users, f"{ticket.block} has users on a ready shelf"
+                        assert not ticket.block.pinned_by_graph, f"{ticket.block} is idle under a live graph"
+                    for line in shelf.ordered.values():
+                        for ticket in line:
+                            place(ticket, f"ordered for {shelf.spec}")
+                            assert ticket.block.events, f"{ticket.block} has no mark to wait for"
+                for line in self._pending.values():
+                    for ticket in line:
+                        place(ticket, "pending")
+                for ticket in self._parked:
+                    place(ticket, "parked")
+                self._check_account()
+            except AssertionError as error:
+                dump = "\n".join(f"  {block}: {seen.get(block, 'leased')}" for block in self.blocks)
+                raise AssertionError(f"{error}\n{title}\n{dump}") from None
+
+    def _check_account(self) -> None:
+        by_tier = dict.fromkeys(Tier, 0)
+        end = 0
+        for block in sorted(self.blocks, key=lambda block: block.address):
+            by_tier[block.tier] += block.nbytes
+            assert block.nbytes >= block.spec.size_bytes, f"{block} is smaller than its spec"
+            assert block.address >= end, f"{block} overlaps the block before it"
+            end = block.address + block.nbytes
+        ledger = self.ledger
+        assert by_tier == ledger.reserved, f"counted {by_tier}, account {ledger.reserved}"
+        assert ledger.total == sum(by_tier.values()), f"total {ledger.total} of {by_tier}"
+        for tier in Tier:
+            room = ledger.room(tier)
+            assert room is None or room >= 0, f"{tier.value} is {-(room or 0)} bytes over its limit"
+
+    def abandon(self) -> None:
+        """Cut the blocks' ties to this store; leased ones stay memory, and nobody will lease them again.
+
+        The shelves refer to themselves through each block's `home`, which would keep the memory until
+        the collector's next run.
+        """
+        for block in getattr(self, "blocks", ()):  # none where `__init__` failed
+            block.plain, block.home, block.pool = False, _discard, _no_pool
+
+    __del__ = abandon
+
+    def disown(self, reason: str) -> None:
+        """In a forked child: leave all memory to the parent, freeing and reporting nothing, and be closed.
+
+        Takes no lock: another thread of the parent may have held it, and will never let it go here.
+        """
+        self.closed = reason
+        self.abandon()
+        self.shelves.serve(False)
+        _inherited.append(dict(vars(self)))
+        self._begin(Ledger(None, None), StreamOrder(self.order.reuse))
+
+
+_inherited: list[Any] = []  # the parent's memory, as a child sees it: kept to the child's end, so that nothing frees it
+
+
+def _no_pool() -> None:
+    """Stand where a block's reference to its pool stood."""
+
+
+def _discard(ticket: Ticket) -> None:
+    """Stand where a block's way home stood."""
