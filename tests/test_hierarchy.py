@@ -1,6 +1,10 @@
 """HierarchicalBufferPool: the pool contract, and what it adds: tiers, moves, leases, pressure, graphs."""
 
 import gc
+import os
+import pathlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -16,6 +20,7 @@ from numbabuf.policies import Frequency
 from numbabuf.spec import BufferSpec, BufferState, Tier
 
 MIB = 1 << 20
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @cuda.jit
@@ -210,7 +215,9 @@ def test_the_ladder_demotes_where_the_driver_has_less_than_the_budget(make, monk
 
     monkeypatch.setattr(_cuda, "empty_device", two_at_most)
     entry = pool.allocate(spec(1000))
-    assert entry.tier is Tier.DEVICE and pool.stats().demotions == 1 and pool.stats().oom.trim == 1
+    stats = pool.stats()
+    assert entry.tier is Tier.DEVICE and stats.demotions == 1
+    assert (stats.oom.trim, stats.oom.demote, stats.oom.collect) == (1, 1, 0), "a demotion is a rung of its own"
     assert len(asked) >= 2 and [e.tier for e in held].count(Tier.PINNED) == 1
 
 
@@ -609,6 +616,50 @@ def test_an_entry_outlives_its_pool(stream):
     stream.synchronize()
     assert (entry.device_array.copy_to_host() == 5).all() and entry.array is entry.array
     entry.release()
+
+
+FORK = """
+import os, sys, gc, warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from numba import cuda
+from numbabuf import HierarchicalBufferPool, BufferSpec, Tier
+pool = HierarchicalBufferPool(device_bytes=4096, pinned_bytes=4096)
+kept, dropped = (pool.allocate(BufferSpec(1024, "uint8", Tier.PINNED)) for _ in "ab")
+pool.promote([kept, dropped])
+assert kept._record.copy is not None
+warnings.simplefilter("ignore", DeprecationWarning)
+child = os.fork()
+if child == 0:
+    from numbabuf.errors import ClosedError
+    del dropped
+    gc.collect()
+    pool.check()
+    stats = pool.stats()
+    assert (stats.reserved_count, stats.pending_count, stats.lost, sum(stats.buffers_by_tier.values())) == (0, 0, 0, 0)
+    try:
+        pool.allocate(BufferSpec(8))
+    except ClosedError as error:
+        assert "another process" in str(error), error
+    else:
+        os._exit(3)
+    kept.release()
+    pool.check()
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+pool.check()
+assert pool.stats().in_use_count == 4
+kept.release()
+dropped.release()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_holds_nothing_of_its_parents():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FORK], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -------------------------------------------------------------------------------------------------------------- threads

@@ -1,14 +1,20 @@
 """Snapshots, scopes and the event ring, by themselves."""
 
+import copy
 import dataclasses
+import importlib
+import pickle
+import pkgutil
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
 
-from numbabuf.spec import Tier
-from numbabuf.stats import EVENT_DTYPE, EventRing, OomSteps, PoolStats, Scope
+import numbabuf
+from numbabuf import HierarchicalBufferPool, InputBufferManager, PredictiveBufferManager, SimpleBufferPool
+from numbabuf.spec import BufferSpec, Tier
+from numbabuf.stats import EVENT_DTYPE, EventRing, Frozen, OomSteps, PoolStats, Scope
 
 FIGURES = {field.name: 0 for field in dataclasses.fields(PoolStats) if field.name not in ("oom", "reserved_by_tier")}
 
@@ -22,6 +28,48 @@ def test_snapshots_are_frozen_and_compare():
             setattr(frozen, name, 1)
     with pytest.raises(TypeError):
         stats.reserved_by_tier[Tier.DEVICE] = 1
+
+
+def snapshots():
+    """A snapshot of each kind, from what gives it."""
+    pinned = BufferSpec(8, "uint8", Tier.PINNED)
+    with (
+        SimpleBufferPool() as pool,
+        HierarchicalBufferPool(device_bytes=64, pinned_bytes=64) as tiers,
+        InputBufferManager(max_batch_size=1, max_seq_len=8) as manager,
+        PredictiveBufferManager(max_batch_size=1, max_seq_len=8) as predictive,
+    ):
+        with pool.statistics() as scope, pool.allocate(pinned), tiers.allocate(pinned):
+            found = [pool.stats(), pool.stats().oom, tiers.stats(), scope.stats(), manager.stats()]
+            return [*found, predictive.prediction()]
+
+
+def kinds():
+    """The dataclasses of the package that are snapshots."""
+    names = [m.name for m in pkgutil.walk_packages(numbabuf.__path__, "numbabuf.") if not m.name.endswith("__main__")]
+    values = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    classes = {value for value in values if isinstance(value, type) and dataclasses.is_dataclass(value)}
+    return {c for c in classes if c.__name__.endswith(("Stats", "Steps"))}
+
+
+def test_every_kind_of_snapshot_can_be_copied_and_pickled():
+    given = snapshots()
+    assert {type(stats) for stats in given} == kinds()
+    for stats in given:
+        assert copy.copy(stats) == copy.deepcopy(stats) == dataclasses.replace(stats) == stats
+        for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+            assert pickle.loads(pickle.dumps(stats, protocol)) == stats
+        assert dataclasses.asdict(stats).keys() == {field.name for field in dataclasses.fields(stats)}
+
+
+def test_a_frozen_mapping_is_a_mapping_of_its_own():
+    given = {"a": 1, "b": 2}
+    frozen = Frozen(given)
+    given["a"] = 3
+    assert frozen == {"a": 1, "b": 2} and list(frozen) == ["a", "b"] and len(frozen) == 2
+    assert repr(frozen) == "{'a': 1, 'b': 2}"
+    with pytest.raises(TypeError):
+        frozen["a"] = 4
 
 
 def test_hit_rate():

@@ -8,13 +8,11 @@ scheduler and the workers. Sits above the library; nothing imports it.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .. import _cuda, html
@@ -255,7 +253,7 @@ class _Held:
     def stats(self) -> WorkerStats:
         """The figures of this worker."""
         prediction = None if self._predicting is None else self._predicting.prediction()
-        return WorkerStats(_cuda.device_name(), _plain(self.pool.stats()), self.manager.stats(), prediction)
+        return WorkerStats(_cuda.device_name(), self.pool.stats(), self.manager.stats(), prediction)
 
     def close(self) -> None:
         """Close the manager, then the pool; say so if somebody else still leases from it."""
@@ -266,16 +264,6 @@ class _Held:
             if leased:
                 _log.warning("%d buffer(s) of a worker's pool are still leased at its end: release them", leased)
             self.pool.close()
-
-
-def _plain(stats: Any) -> Any:
-    """Return a snapshot that can be pickled: a read-only view of a dictionary cannot."""
-    views = {
-        field.name: dict(getattr(stats, field.name))
-        for field in dataclasses.fields(stats)
-        if isinstance(getattr(stats, field.name), MappingProxyType)
-    }
-    return dataclasses.replace(stats, **views)
 
 
 def _pack(model: DemandModel) -> list[Any]:
