@@ -256,7 +256,6 @@ class Store:
             self.peak_count = max(self.peak_count, len(self.blocks) + 1)
             block.pool = self._owner
             block.home = self.shelves.of(spec).ready.append
-            block.plain = self._hot
             self.tell("grow", block)
             return self._issue(block)
 

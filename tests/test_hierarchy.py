@@ -221,6 +221,29 @@ def test_the_ladder_demotes_where_the_driver_has_less_than_the_budget(make, monk
     assert len(asked) >= 2 and [e.tier for e in held].count(Tier.PINNED) == 1
 
 
+def test_a_short_budget_frees_idle_memory_of_its_own_tier_alone(make):
+    pool = make(device=1024, managed=1024)
+    pool.allocate(spec(1024, Tier.MANAGED)).release()
+    pool.reserve([spec(1024)])
+    pool.reserve([spec(512)])
+    assert dict(pool.stats().reserved_by_tier) == {Tier.DEVICE: 512, Tier.MANAGED: 1024, Tier.PINNED: 0}
+
+
+def test_a_full_card_frees_idle_memory_of_both_tiers_on_it(make, monkeypatch):
+    pool = make(device=4096, managed=1024)
+    pool.allocate(spec(1024, Tier.MANAGED)).release()
+    empty = _cuda.empty_device
+
+    def nothing_beside_managed(nbytes):
+        if pool._store.ledger.reserved[Tier.MANAGED]:
+            raise MemoryError("the driver has no more")
+        return empty(nbytes)
+
+    monkeypatch.setattr(_cuda, "empty_device", nothing_beside_managed)
+    assert pool.allocate(spec(1024)).tier is Tier.DEVICE
+    assert pool.stats().oom.trim == 1 and pool.stats().oom.demote == 0
+
+
 # ------------------------------------------------------------------------------------------------------------- leases
 
 
@@ -635,6 +658,7 @@ if child == 0:
     del dropped
     gc.collect()
     pool.check()
+    pool.close()
     stats = pool.stats()
     assert (stats.reserved_count, stats.pending_count, stats.lost, sum(stats.buffers_by_tier.values())) == (0, 0, 0, 0)
     try:

@@ -1084,3 +1084,18 @@ def test_closed_in_the_middle_of_an_allocation(pool, monkeypatch):
         pool.allocate(pinned(64))
     entry.release()
     assert pool.stats().reserved_bytes == 0
+
+
+def test_closed_in_the_middle_of_a_reservation(monkeypatch):
+    """What the reservation held of the pool's idle memory goes with the rest."""
+    pool = SimpleBufferPool()
+    pool.allocate(pinned(64)).release()
+
+    def close_first(nbytes):
+        pool.close()
+        raise MemoryError(f"no {nbytes} bytes")
+
+    monkeypatch.setattr(_cuda, "empty_pinned", close_first)
+    with pytest.raises((ClosedError, TierFullError)):
+        pool.reserve([pinned(64), pinned(1000)])
+    assert pool.stats().reserved_bytes == 0
