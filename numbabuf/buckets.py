@@ -126,7 +126,7 @@ def validate(sizes: Iterable[int], max_size: int) -> tuple[int, ...]:
         try:
             whole_number("one of the bucket sizes", size, least=1, most=max_size)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{error}; leave it out, or raise max_size") from None
+            raise ValueError(f"{error}, which is max_size={max_size}; leave it out, or raise that") from None
     if not found:
         raise ValueError(
             f"a bucket list needs at least one size; found none: give sizes from 1 to {max_size}"
