@@ -1,22 +1,26 @@
-"""The memory behind a set of slots: one device allocation they are carved from, and the staging ring before it.
+"""The memory behind a set of slots, and the way of a step into it: written into a staging block, then queued.
 
-Lays the slots out, writes the table that the fill kernel reads, and launches it. An arena never changes: other slots
-want another arena, which can take over the contents of the last. Sits above `pool` and `staging`, below `graph`.
+One device allocation that the slots are carved from, the ring before it, and the table that the fill kernel reads. An
+arena never changes: other slots want another one, which can take over the contents of the last. Knows what a step
+needs to run (`graph.CapturedStep`), not which one serves. Sits above `pool` and `staging`, below `graph`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from . import _cuda, kernels
+from .errors import BusyError
 from .pool import BufferPool
 from .slot import InputSlot
 from .spec import BufferSpec, Tier
-from .staging import StagingRing, align
+from .staging import Block, StagingRing, align
 
 __all__ = ["Arena"]
 
@@ -35,7 +39,9 @@ class Arena:
     depth : int
         Staging blocks.
     stream : _cuda.Stream
-        Where fills are queued.
+        Where steps are queued.
+    generation : int
+        Which of its owner's arenas this is; a graph replays over no other.
     earlier : Arena, optional
         Its slots are the first of `slots`; what they hold is copied.
 
@@ -54,10 +60,19 @@ class Arena:
     """
 
     def __init__(
-        self, pool: BufferPool, slots: tuple[InputSlot, ...], depth: int, stream: Any, earlier: Arena | None = None
+        self,
+        pool: BufferPool,
+        slots: tuple[InputSlot, ...],
+        depth: int,
+        stream: Any,
+        generation: int,
+        earlier: Arena | None = None,
     ) -> None:
+        self.generation = generation
         self._slots = slots
+        self._groups = _groups(slots)
         self._stream = stream
+        self._core = stream.core
         words = kernels.HEAD + kernels.ROW * max(1, len(slots))
         offset = align(words * kernels.WORD)
         for slot in slots:
@@ -96,6 +111,102 @@ class Arena:
             for slot, n in zip(self._slots, rows, strict=True)
         }
 
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def write(self, block: Block, inputs: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]) -> int:
+        """Check `inputs` and write them into `block`, for slots padded to `padded` rows.
+
+        Parameters
+        ----------
+        block
+            What `ring.acquire` gave.
+        inputs
+            Host arrays by slot name; other names are left alone.
+        live
+            Sizes of the step, per axis.
+
+        Returns
+        -------
+        found : int
+            How many of the inputs are slots.
+        """
+        # Hot path, guarded by benchmarks/step.py. Slots of one length share its shape and slice.
+        words, staged = block.words, block.staged
+        same = block.padded is padded
+        block.padded = None
+        found = 0
+        try:
+            get = inputs.get
+        except AttributeError:
+            raise _no_mapping(inputs) from None
+        for axis, extra, room, slots in self._groups:
+            rows = live[axis] + extra if axis >= 0 else extra
+            shape = (rows,) if rows <= room else None
+            cut = slice(rows)
+            for slot in slots:
+                data = get(slot.name)
+                position = slot.position
+                if data is None:
+                    slot.describe(words, 0, slot.width, padded[position])
+                    continue
+                found += 1
+                if type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
+                    if slot.checked:
+                        slot.check_range(data)
+                    staged[position][cut] = data
+                    if same:
+                        words[slot.columns_word] = rows  # the padding is as this block's last step left it
+                    else:
+                        slot.describe(words, rows, 1, padded[position])
+                else:
+                    slot.write(words, staged[position], data, rows, padded[position])
+        block.padded = padded
+        return found
+
+    def refuse_others(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse names that are no slot: a replay reads nothing else."""
+        if not isinstance(inputs, Mapping):
+            raise _no_mapping(inputs)
+        static = {slot.name for slot in self._slots}
+        others = [repr(name) for name in inputs if name not in static]
+        if others:
+            raise ValueError(
+                f"input {', '.join(others)} is no static slot, and a replay reads nothing else; "
+                f"there are {', '.join(sorted(static))}"
+            )
+
+    def write_one(self, slot: InputSlot, data: Any, rows: int, padded: int) -> None:
+        """Write the values of one slot into the next block; the others have nothing, and no padding either."""
+        block = self.ring.acquire()
+        block.padded = None
+        slot.write(block.words, block.staged[slot.position], data, rows, padded)
+        for other in self._slots:
+            if other is not slot:
+                other.describe(block.words, 0, other.width, 0)
+
+    def submit(self, target: Any, tokens: int) -> Any:
+        """Queue the step that was written last, its only driver call; returns the result of its function.
+
+        Parameters
+        ----------
+        target : CapturedStep
+            What runs.
+        tokens : int
+            Its live tokens, to count.
+        """
+        # Hot path, guarded by benchmarks/step.py.
+        if target.generation != self.generation:
+            raise BusyError(f"{target!r} was captured over memory that the slots have left; capture it again")
+        try:
+            target.launch_on(self._core)
+        except BaseException:
+            self.resync()
+            raise
+        self.ring.advance()
+        target.steps += 1
+        target.live += tokens
+        return target.step.result
+
     def launch_fill(self, stream: Any, rows: tuple[int, ...]) -> None:
         """Queue the fill of the ring's next block on `stream`, in a launch shape that fits the padded `rows`."""
         largest = max(
@@ -103,6 +214,15 @@ class Arena:
         )
         blocks, threads = _cuda.launch_shape(-(-largest // 64))  # a thread moves four 16-byte words at a time
         _cuda.launch(kernels.fill_slots, (blocks, max(1, len(self._slots))), threads, stream, self._table_address)
+
+    def fill(self, rows: tuple[int, ...]) -> None:
+        """Queue the fill of the block that was written last, by itself; `rows` as for `launch_fill`."""
+        try:
+            self.launch_fill(self._stream, rows)
+        except BaseException:
+            self.resync()
+            raise
+        self.ring.advance()
 
     def _write_table(self) -> None:
         head = [0] * kernels.HEAD
@@ -142,3 +262,19 @@ class Arena:
         assert table[kernels.STEP] == self.ring.step, (table[kernels.STEP], self.ring.step)
         assert table[kernels.DONE] == 0 and self.ring.pending == 0
         assert table[kernels.HEAD :].tolist() == self._rows(), "the fill table was overwritten"
+
+
+def _no_mapping(inputs: Any) -> TypeError:
+    return TypeError(f"inputs is a {type(inputs).__name__}: give a mapping of slot names to arrays")
+
+
+def _groups(slots: tuple[InputSlot, ...]) -> list[tuple[int, int, int, tuple[InputSlot, ...]]]:
+    """Group the slots by what their length is: (axis, added to it, most rows they all stage, slots).
+
+    A slot that follows no axis has the axis -1 and its own length in place of what is added.
+    """
+    groups: dict[tuple[int, int], list[InputSlot]] = {}
+    for slot in slots:
+        extra = slot.extra if slot.axis_index >= 0 else slot.capacity
+        groups.setdefault((slot.axis_index, extra), []).append(slot)
+    return [(*key, min(slot.max_live for slot in group), tuple(group)) for key, group in groups.items()]

@@ -1,41 +1,38 @@
 """The input manager: named static slots, a staging ring before them, and one graph replay per step.
 
-Puts the parts together: `slot` checks and writes values, `staging` lends blocks, `kernels.fill_slots` moves them,
-`graph` replays. The lines between "hot path" marks are a step; they allocate nothing on the device, log nothing and
-make one driver call. Sits on top of everything but `predictive`.
+Puts the parts together, and is the one lock round them: `sizes` rounds a step up to its bucket, `service` chooses the
+graph, `arena` writes the inputs and queues it, `overflow` says what becomes of a step that no graph covers. What is
+marked "hot path" is a step: it allocates nothing on the device, logs nothing and makes one driver call. Sits on top of
+everything but `predictive`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import operator
 import threading
-import warnings
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
 import numpy as np
-from numpy import ndarray
 
-from . import _cuda, config, html, kernels
-from . import buckets as _buckets
+from . import _cuda, config, html
 from .arena import Arena
-from .errors import BucketOverflowError, BusyError, CaptureError, ClosedError, GraphMissingError
+from .errors import BusyError, CaptureError, ClosedError, GraphMissingError
 from .graph import CapturedStep, Recording, Step
 from .lease import Lease
+from .overflow import POLICIES, cut, warn
 from .pool import BufferPool, SimpleBufferPool
 from .progress import stopped, track
+from .service import Service
+from .sizes import bucket_lists, check_limits, live_sizes, positive, round_up, settle, too_large, wanted
 from .slot import InputSlot
 from .spec import BufferSpec
-from .staging import Block
 from .stats import ManagerStats
 
 __all__ = ["InputBufferManager"]
 
 _this_thread = _cuda.this_thread
-_POLICIES = ("raise", "eager", "split")
 
 
 class InputBufferManager:
@@ -100,16 +97,16 @@ class InputBufferManager:
         stream: Any = None,
         range_check: bool | None = None,
     ) -> None:
-        self.max_batch_size = _positive("max_batch_size", max_batch_size)
-        self.max_seq_len = _positive("max_seq_len", max_seq_len)
+        self.max_batch_size = positive("max_batch_size", max_batch_size)
+        self.max_seq_len = positive("max_seq_len", max_seq_len)
         self.max_tokens = self.max_batch_size * self.max_seq_len
-        self._depth = _positive("ring", ring)
-        if overflow not in _POLICIES:
-            raise ValueError(f"overflow is {overflow!r}; use one of {', '.join(_POLICIES)}")
+        self._depth = positive("ring", ring)
+        if overflow not in POLICIES:
+            raise ValueError(f"overflow is {overflow!r}; use one of {', '.join(POLICIES)}")
         if pool is not None and not isinstance(pool, BufferPool):
             raise TypeError(f"pool is {pool!r}: give a BufferPool, or None for one of the manager's own")
         self.overflow = overflow
-        self._bucket_lists = _bucket_lists(buckets, self.max_tokens)
+        self._bucket_lists = bucket_lists(buckets, self.max_tokens)
         self._range_check = config.enabled("NUMBABUF_RANGE_CHECK") if range_check is None else bool(range_check)
         self._stream = _cuda.as_stream(stream)
         self.stream = self._stream.numba
@@ -123,20 +120,16 @@ class InputBufferManager:
         self._axes: tuple[str, ...] = ("tokens",)
         self._choices: tuple[tuple[int, ...], ...] = ()  # bucket list per axis, known once there is memory
         self._limits: tuple[int, ...] = ()  # largest size per axis, likewise
-        self._groups: list[tuple[int, int, int, tuple[InputSlot, ...]]] = []  # slots of one length, see _plan_groups
         self._arena: Any = None  # an Arena once there is memory; Any, because every step asks
         self._ring: Any = None  # its ring
         self._kept: Arena | None = None  # an arena whose contents the next one takes over
         self._capture_stream: Any = None
         self._generation = 0
         self._fills: dict[tuple[int, ...], CapturedStep] = {}
-        self._captured: list[CapturedStep] = []  # by sizes, tokens first
-        self._captured_tokens: list[int] = []
-        self._leaving: list[tuple[Any, CapturedStep]] = []  # withdrawn graphs, and the event after their last replay
+        self._captured = Service(self._stream)
         self._function: Callable[[Step], Any] | None = None
         self._lease: Lease | None = None
         self._open_recordings = 0
-        self._past: dict[int, list[int]] = {}  # tokens of a bucket -> [steps, live] of graphs that are gone
         self._past_waits = 0
         self._overflows = 0
         self._warned = False
@@ -210,13 +203,10 @@ class InputBufferManager:
                     )
                 self._check_movable(f"slot {name!r} cannot be added")
                 self._dismantle(keep=True)
-                slot._resolve, slot._set = self._slot_array, self._set_slot
-                slot.position = len(self._static)
-                slot.word = slot.position * kernels.LIVE
-                slot.columns_word = slot.word + kernels.COLUMNS
                 if slot.axis is not None and slot.axis not in self._axes:
                     self._axes = (*self._axes, slot.axis)
-                slot.axis_index = -1 if slot.axis is None else self._axes.index(slot.axis)
+                axis_index = -1 if slot.axis is None else self._axes.index(slot.axis)
+                slot.bind(len(self._static), axis_index, self._slot_array, self._set_slot)
                 self._static = (*self._static, slot)
             self._slots[name] = slot
             return slot
@@ -248,34 +238,7 @@ class InputBufferManager:
             self._ready()
             return self._arena.whole[slot.position]
 
-    def _plan_buckets(self) -> None:
-        """Settle the largest size and the bucket list of every axis from the slots that follow it."""
-        limits, choices = [], []
-        for axis in self._axes:
-            rooms = [slot.capacity - slot.extra for slot in self._static if slot.axis == axis]
-            limit = max(rooms, default=self.max_tokens)
-            given = self._bucket_lists.get(axis)
-            if given is not None and given[-1] > limit:
-                raise ValueError(f"bucket {given[-1]} of axis {axis!r} is larger than its slots, which hold {limit}")
-            limits.append(limit)
-            choices.append(given or _buckets.powers_of_two(limit))
-        unknown = set(self._bucket_lists) - set(self._axes)
-        if unknown:
-            raise ValueError(f"buckets are given for {', '.join(sorted(unknown))}; no slot follows such an axis")
-        self._limits, self._choices = tuple(limits), tuple(choices)
-
     # ----------------------------------------------------------------------------------------------------- memory
-
-    def _plan_groups(self) -> None:
-        """Group the slots by what their length is: (axis, added to it, most rows they all stage, slots).
-
-        A slot that follows no axis has the axis -1 and its own length in place of what is added.
-        """
-        groups: dict[tuple[int, int], list[InputSlot]] = {}
-        for slot in self._static:
-            extra = slot.extra if slot.axis_index >= 0 else slot.capacity
-            groups.setdefault((slot.axis_index, extra), []).append(slot)
-        self._groups = [(*key, min(slot.max_live for slot in slots), tuple(slots)) for key, slots in groups.items()]
 
     def _check_open(self) -> None:
         if self.closed:
@@ -309,10 +272,9 @@ class InputBufferManager:
         """Give the slots memory, and what an earlier arena held."""
         if _cuda.captures:
             raise CaptureError("the slots have no memory yet and a capture is open: run one step before capturing")
-        self._plan_buckets()
-        self._plan_groups()
-        arena = Arena(self._pool, self._static, self._depth, self._stream, self._kept)
-        self._arena, self._ring, self._generation = arena, arena.ring, self._generation + 1
+        self._limits, self._choices = settle(self._axes, self._static, self._bucket_lists, self.max_tokens)
+        arena = Arena(self._pool, self._static, self._depth, self._stream, self._generation + 1, self._kept)
+        self._arena, self._ring, self._generation = arena, arena.ring, arena.generation
         if self._kept is not None:
             self._kept.release()
             self._kept = None
@@ -323,7 +285,7 @@ class InputBufferManager:
             return
         self.synchronize()
         for fill in self._fills.values():
-            self._retire(fill)
+            self._captured.retire(fill)
         self._fills.clear()
         self._past_waits += self._arena.ring.waits
         if keep:
@@ -332,40 +294,11 @@ class InputBufferManager:
             self._arena.release()
         self._arena = self._ring = None
 
-    def _retire(self, captured: CapturedStep) -> None:
-        """Close a graph whose replays are done, keeping its counts."""
-        past = self._past.setdefault(captured.sizes[0], [0, 0])
-        past[0] += captured.steps
-        past[1] += captured.live
-        for block in self._ring.blocks if self._ring else ():
-            # or the block would keep the graph's result alive until its next step
-            if block.bucket is captured:
-                block.bucket = None
-        captured.close()
-
     # --------------------------------------------------------------------------------------------- the parts of a step
-
-    def _live_sizes(self, num_tokens: Any, sizes: Mapping[str, Any]) -> tuple[int, ...]:
-        """Check the sizes of a step and bring them into the order of the axes."""
-        if num_tokens.__class__ is int and num_tokens >= 0 and not sizes and len(self._axes) == 1:
-            return (num_tokens,)
-        if len(sizes) != len(self._axes) - 1 or any(axis not in sizes for axis in self._axes[1:]):
-            wanted = ", ".join(f"{axis}=..." for axis in self._axes[1:]) or "no further sizes"
-            given = ", ".join(sizes) or "none"
-            raise TypeError(f"the slots follow the axes {', '.join(self._axes)}: give {wanted}; given were {given}")
-        live = [num_tokens, *(sizes[axis] for axis in self._axes[1:])]
-        return tuple(_size(axis, size) for axis, size in zip(self._axes, live, strict=True))
-
-    def _rows(self, slot: InputSlot, sizes: tuple[int, ...]) -> int:
-        """Rows of `slot` in a step of `sizes`."""
-        return sizes[slot.axis_index] + slot.extra if slot.axis_index >= 0 else slot.capacity
-
-    def _padded_rows(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(min(slot.capacity, self._rows(slot, sizes)) for slot in self._static)
 
     def _new_step(self, sizes: tuple[int, ...], stream: Any) -> CapturedStep:
         """A bucket's views and padded rows; what runs it is put in by whoever asks."""
-        padded = self._padded_rows(sizes)
+        padded = tuple(min(slot.capacity, slot.rows(sizes)) for slot in self._static)
         step = Step(stream.numba, dict(zip(self._axes, sizes, strict=True)), self._arena.views(padded))
         return CapturedStep(step, sizes, padded, self._generation)
 
@@ -376,55 +309,12 @@ class InputBufferManager:
         new, arena = self._new_step(sizes, self._capture_stream), self._arena
         return Recording(self._capture_stream, lambda stream: arena.launch_fill(stream, new.padded), new)
 
-    def _write(self, block: Block, inputs: Mapping[str, Any], live: tuple[int, ...], target: CapturedStep) -> int:
-        """Write `inputs` into `block` for the bucket of `target`; return how many of them are slots."""
-        # Hot path, guarded by benchmarks/step.py. Slots of one length share its shape and slice.
-        words, staged, padded = block.words, block.staged, target.padded
-        same = block.bucket is target
-        block.bucket = None
-        found = 0
-        try:
-            get = inputs.get
-        except AttributeError:
-            raise _no_inputs(inputs) from None
-        for axis, extra, room, slots in self._groups:
-            rows = live[axis] + extra if axis >= 0 else extra
-            shape = (rows,) if rows <= room else None
-            cut = slice(rows)
-            for slot in slots:
-                data = get(slot.name)
-                position = slot.position
-                if data is None:
-                    slot.describe(words, 0, slot.width, padded[position])
-                    continue
-                found += 1
-                if type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
-                    if slot.checked:
-                        slot.check_range(data)
-                    staged[position][cut] = data
-                    if same:
-                        words[slot.columns_word] = rows  # the padding is as this block's last step left it
-                    else:
-                        slot.describe(words, rows, 1, padded[position])
-                else:
-                    slot.write(words, staged[position], data, rows, padded[position])
-        block.bucket = target
-        return found
-
-    def _submit(self, target: CapturedStep, tokens: int) -> Any:
-        """Queue the step that was written last: its only driver call. Returns the result of the captured function."""
-        # Hot path, guarded by benchmarks/step.py.
-        if target.generation != self._generation:
-            raise BusyError(f"{target!r} was captured over memory that the slots have left; capture it again")
-        try:
-            target.launch_on(self._core)
-        except BaseException:
-            self._arena.resync()
-            raise
-        self._ring.advance()
-        target.steps += 1
-        target.live += tokens
-        return target.step.result
+    def _plain(self, sizes: tuple[int, ...]) -> CapturedStep:
+        """A step without a graph, for sizes that have none: its fill is launched by itself."""
+        plain, arena, stream = self._new_step(sizes, self._stream), self._arena, self._stream
+        padded = plain.padded  # not `plain` itself: it would keep itself alive
+        plain.launch_on = lambda core: arena.launch_fill(stream, padded)
+        return plain
 
     # ------------------------------------------------------------------------------------------------- fill alone
 
@@ -463,8 +353,7 @@ class InputBufferManager:
             self._ready()
             live = self._begin_step(num_tokens, sizes)
             target = self._fill_for(live)
-            block = self._ring.acquire()
-            found = self._write(block, inputs, live, target)
+            found = self._arena.write(self._ring.acquire(), inputs, live, target.padded)
             self._submit_fill(target, live)
             views = target.step.views()
         if found != len(inputs):
@@ -482,15 +371,15 @@ class InputBufferManager:
             raise CaptureError(
                 "host inputs cannot be staged inside a capture: the graph's own fill reads them at replay"
             )
-        return self._live_sizes(num_tokens, sizes)
+        return live_sizes(self._axes, num_tokens, sizes)
 
     def _fill_for(self, live: tuple[int, ...]) -> CapturedStep:
         """What fills the slots, and nothing else, for the bucket that covers `live`: a graph made at its first use."""
-        sizes, over = self._round_up(live)
+        sizes, over = round_up(self._choices, live)
         if over is not None:
             if self.overflow != "eager":
-                raise self._too_large(over, live)
-            self._check_limits(live)
+                raise self._too_large(over, live, self._choices[over][-1])
+            check_limits(self._axes, self._limits, self._choices, live)
             return self._plain(sizes)
         fill = self._fills.get(sizes)
         if fill is None:
@@ -506,63 +395,27 @@ class InputBufferManager:
             fill = self._fills[sizes] = recording.captured
         return fill
 
-    def _round_up(self, live: tuple[int, ...]) -> tuple[tuple[int, ...], int | None]:
-        """Return the bucket of `live`, and the first axis beyond its largest bucket (its size stays as it is)."""
-        sizes, over = [], None
-        for at, size in enumerate(live):
-            choices = self._choices[at]
-            place = bisect_left(choices, size)
-            if place < len(choices):
-                size = choices[place]
-            elif over is None:
-                over = at
-            sizes.append(size)
-        return tuple(sizes), over
-
-    def _plain(self, sizes: tuple[int, ...]) -> CapturedStep:
-        """A step without a graph, for sizes that have none: its fill is launched by itself."""
-        plain = self._new_step(sizes, self._stream)
-        padded, arena = plain.padded, self._arena  # not `plain` itself: it would keep itself alive
-        plain.launch_on = lambda core: arena.launch_fill(self._stream, padded)
-        return plain
-
-    def _too_large(self, axis: int, live: tuple[int, ...], largest: int | None = None) -> BucketOverflowError:
-        largest = self._choices[axis][-1] if largest is None else largest
-        return BucketOverflowError(
-            f"this step has {self._axes[axis]}={live[axis]}; the largest bucket is {largest} and the slots hold "
-            f"{self._limits[axis]}: add a bucket, or make the manager with overflow='eager' or 'split'"
-        )
-
-    def _check_limits(self, live: tuple[int, ...]) -> None:
-        """Refuse a step that the slots cannot hold."""
-        for axis, (size, limit) in enumerate(zip(live, self._limits, strict=True)):
-            if size > limit:
-                raise self._too_large(axis, live)
+    def _too_large(self, axis: int, live: tuple[int, ...], largest: int) -> Exception:
+        return too_large(self._axes[axis], live[axis], largest, self._limits[axis])
 
     def _submit_plain(self, target: CapturedStep, live: tuple[int, ...]) -> None:
         """Queue and count a step without a graph, and say so once. Its inputs are written, so they are good."""
         if not self._warned:
             self._warned = True
-            size = ", ".join(f"{axis}={size}" for axis, size in zip(self._axes, live, strict=True))
-            warnings.warn(
-                f"a step with {size} is larger than every bucket and runs without a graph, which is slower: "
-                "capture a larger bucket (further such steps are only counted, in stats().overflows)",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self._submit(target, live[0])
+            warn(self._axes, live)
+        self._arena.submit(target, live[0])
         self._overflows += 1
-        self._retire(target)
+        self._captured.retire(target)
 
     def _submit_fill(self, target: CapturedStep, live: tuple[int, ...]) -> None:
         """Queue a fill: the graph of its bucket or, for a step that has none, a launch."""
         if self._fills.get(target.sizes) is target:
-            self._submit(target, live[0])
+            self._arena.submit(target, live[0])
         elif any(size > choices[-1] for size, choices in zip(live, self._choices, strict=True)):
             self._submit_plain(target, live)
         else:  # another thread was capturing, so that the bucket could not get its graph yet
-            self._submit(target, live[0])
-            self._retire(target)
+            self._arena.submit(target, live[0])
+            self._captured.retire(target)
 
     def _set_slot(self, slot: InputSlot, data: Any) -> None:
         """`InputSlot.set_data`: a fill in which every other slot has nothing to write."""
@@ -572,22 +425,10 @@ class InputBufferManager:
             rows = len(data) if np.ndim(data) else 0
             padded = slot.capacity
             if slot.axis_index >= 0:
-                choices = self._choices[slot.axis_index]
-                place = bisect_left(choices, rows - slot.extra)
-                padded = min(slot.capacity, choices[place] + slot.extra if place < len(choices) else rows)
-            block = self._ring.acquire()
-            block.bucket = None
-            slot.write(block.words, block.staged[slot.position], data, rows, padded)
-            for other in self._static:
-                if other is not slot:
-                    other.describe(block.words, 0, other.width, 0)
-            only = tuple(padded if other is slot else 0 for other in self._static)
-            try:
-                self._arena.launch_fill(self._stream, only)
-            except BaseException:
-                self._arena.resync()
-                raise
-            self._ring.advance()
+                ((bucket,), _) = round_up(self._choices[slot.axis_index :][:1], (rows - slot.extra,))
+                padded = min(slot.capacity, bucket + slot.extra)
+            self._arena.write_one(slot, data, rows, padded)
+            self._arena.fill(tuple(padded if other is slot else 0 for other in self._static))
 
     def stage(self, num_tokens: int, **sizes: int) -> Lease:
         """Lend the caller a staging block to write a step's inputs into, without a copy.
@@ -615,7 +456,7 @@ class InputBufferManager:
         with self._lock:
             self._ready()
             live = self._begin_step(num_tokens, sizes)
-            rows = {slot.name: (slot, self._rows(slot, live)) for slot in self._static}
+            rows = {slot.name: (slot, slot.rows(live)) for slot in self._static}
             for slot, count in rows.values():
                 if count > slot.capacity:
                     raise ValueError(f"slot {slot.name!r} holds {slot.capacity} rows; this step has {count}")
@@ -639,16 +480,16 @@ class InputBufferManager:
         for name, array in lease.written.items():
             if self._slots[name].checked:
                 self._slots[name].check_range(array)
-        target = self._graph_for(live) if replay else self._fill_for(live)
+        target = self._captured.covering(live) if replay else self._fill_for(live)
         if target is None:
-            raise self._too_large(0, live, self._captured_tokens[-1])
+            raise self._too_large(0, live, self._captured.largest(0))
         block = lease.block
-        block.bucket = None
+        block.padded = None
         for slot in self._static:
-            rows = self._rows(slot, live) if slot.name in lease.written else 0
+            rows = slot.rows(live) if slot.name in lease.written else 0
             slot.describe(block.words, rows, slot.width, target.padded[slot.position])
         if replay:
-            return self._submit(target, live[0])
+            return self._arena.submit(target, live[0])
         self._submit_fill(target, live)
         return target.step.views()
 
@@ -687,9 +528,9 @@ class InputBufferManager:
             with self._lock:
                 self._ready()
                 live = self._begin_step(num_tokens, sizes)
-                rounded, over = self._round_up(live)
+                rounded, over = round_up(self._choices, live)
                 if over is not None:
-                    raise self._too_large(over, live)
+                    raise self._too_large(over, live, self._choices[over][-1])
                 recording = self._recording(rounded)
             with recording as step:
                 yield step
@@ -752,8 +593,8 @@ class InputBufferManager:
         with self._exclusive(), self._lock:
             self._ready()
             self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
-            wanted = sorted(self._wanted(sizes), reverse=True)
-            total = 2 * len(wanted)
+            asked = sorted(wanted(self._axes, self._limits, self._choices, sizes), reverse=True)
+            total = 2 * len(asked)
             captured: list[CapturedStep] = []
 
             def note(item: tuple[str, tuple[int, ...]]) -> str:
@@ -761,7 +602,7 @@ class InputBufferManager:
                 room = f", {html.nbytes(free[0])} free" if free else ""
                 return f"{item[0]} {dict(zip(self._axes, item[1], strict=True))}{room}"
 
-            work = [("warm", size) for size in wanted] + [("capture", size) for size in wanted]
+            work = [("warm", size) for size in asked] + [("capture", size) for size in asked]
             try:
                 for phase, size in track(work, total=total, label="capture_buckets", enabled=progress, note=note):
                     if phase == "warm":
@@ -778,80 +619,30 @@ class InputBufferManager:
                     graph.close()
                 if progress:
                     why = f"{type(error).__name__} at {phase} {dict(zip(self._axes, size, strict=True))}; none is kept"
-                    stopped("capture_buckets", len(captured), len(wanted), why)
+                    stopped("capture_buckets", len(captured), len(asked), why)
                 raise
             self._function = fn
             self._adopt(captured)
-            return tuple(dict(zip(self._axes, size, strict=True)) for size in reversed(wanted))
+            return tuple(dict(zip(self._axes, size, strict=True)) for size in reversed(asked))
 
-    def _wanted(self, sizes: Iterable[int | Mapping[str, int]] | None) -> set[tuple[int, ...]]:
-        """The sizes that `capture_buckets` was asked for, checked."""
-        if isinstance(sizes, (int, Mapping)):
-            raise TypeError(f"sizes is {sizes!r}: give a list of sizes")
-        wanted = set()
-        for size in self._choices[0] if sizes is None else sizes:
-            given = dict(size) if isinstance(size, Mapping) else {"tokens": size}
-            unknown = set(given) - set(self._axes)
-            if unknown:
-                raise ValueError(
-                    f"size {size!r} names {', '.join(sorted(unknown))}; the axes are {', '.join(self._axes)}"
-                )
-            full = tuple(_size(a, given.get(a, c[-1])) for a, c in zip(self._axes, self._choices, strict=True))
-            for axis, value, limit in zip(self._axes, full, self._limits, strict=True):
-                if not 1 <= value <= limit:
-                    raise ValueError(f"size {axis}={value} cannot be captured; the slots hold 1 to {limit}")
-            wanted.add(full)
-        if not wanted:
-            raise ValueError("sizes is empty: give at least one size to capture")
-        return wanted
+    def _warm(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> None:
+        """Run a bucket once without a graph, and without inputs, so that its capture has nothing to compile or load."""
+        target = self._plain(sizes)
+        self._arena.write(self._ring.acquire(), {}, (0,) * len(sizes), target.padded)
+        self._arena.submit(target, 0)
+        fn(target.step)
 
     def _adopt(self, captured: list[CapturedStep]) -> None:
         """Put new graphs in service, in place of those of the same sizes."""
-        new = {graph.sizes for graph in captured}
-        self._exchange([graph for graph in self._captured if graph.sizes in new], captured)
+        self._captured.adopt(captured)
 
     def _exchange(self, old: list[CapturedStep], new: list[CapturedStep]) -> None:
-        """Take graphs out of service and put others in, all at once or, on an error of the driver, none.
-
-        An old graph is closed once the steps queued so far, its replays among them, are done.
-        """
-        if old:
-            event = _cuda.Event()
-            event.record(self._stream)
-            self._leaving += [(event, graph) for graph in old]
-        kept = [graph for graph in self._captured if graph not in old]
-        self._captured = sorted(kept + new, key=lambda graph: graph.sizes)
-        self._captured_tokens = [graph.sizes[0] for graph in self._captured]
-        self._reap()
+        """Take graphs out of service and put others in."""
+        self._captured.exchange(old, new)
 
     def _reap(self) -> None:
         """Close the withdrawn graphs whose replays are done."""
-        if _cuda.captures:
-            return  # a capture forbids the query, and the end of a graph may free memory
-        for leaving in list(self._leaving):
-            event, graph = leaving
-            try:
-                done = event.query()
-            except Exception:  # a step has failed, which the next one reports; close_graphs ends the graph
-                done = False
-            if done:
-                self._leaving.remove(leaving)
-                self._retire(graph)
-
-    def _graph_for(self, live: tuple[int, ...]) -> CapturedStep | None:
-        """The captured graph of fewest tokens that covers `live`, if there is one."""
-        # Hot path, guarded by benchmarks/step.py.
-        at = bisect_left(self._captured_tokens, live[0])
-        if len(live) == 1:
-            if at < len(self._captured):
-                return self._captured[at]
-        else:
-            for graph in self._captured[at:]:
-                if all(size >= wanted for size, wanted in zip(graph.sizes, live, strict=True)):
-                    return graph
-        if not self._captured:
-            raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
-        return None
+        self._captured.reap()
 
     def replay(
         self,
@@ -901,92 +692,54 @@ class InputBufferManager:
             if self._lease is not None or _cuda.captures or sizes or type(num_tokens) is not int or num_tokens < 0:
                 live = self._begin_step(num_tokens, sizes)
             else:
-                live = (num_tokens,) if len(self._axes) == 1 else self._live_sizes(num_tokens, sizes)
-            target = self._graph_for(live)
+                live = (num_tokens,) if len(self._axes) == 1 else live_sizes(self._axes, num_tokens, sizes)
+            target = self._captured.covering(live)
             if target is None:
                 result = self._overflow(inputs, live, each)
             else:
-                block = self._ring.acquire()
-                if self._write(block, inputs, live, target) != len(inputs):
-                    self._refuse_others(inputs)
-                result = self._submit(target, live[0])
+                arena = self._arena
+                if arena.write(self._ring.acquire(), inputs, live, target.padded) != len(inputs):
+                    arena.refuse_others(inputs)
+                result = arena.submit(target, live[0])
         if self.observer is not None:
             self.observer(live[0])
         return result
 
-    def _refuse_others(self, inputs: Mapping[str, Any]) -> None:
-        static = {slot.name for slot in self._static}
-        others = [repr(name) for name, value in inputs.items() if name not in static]
-        if others:
-            raise ValueError(
-                f"input {', '.join(others)} is no static slot, and a replay reads nothing else; "
-                f"there are {', '.join(sorted(static))}"
-            )
-
     def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """A step that no captured graph covers, after the policy."""
-        # The last such axis: "split" can do something about the first, the tokens.
-        over = max((at for at, size in enumerate(live) if size > max(g.sizes[at] for g in self._captured)), default=0)
-        if self.overflow == "split" and self._graph_for((0, *live[1:])) is not None:
+        if self.overflow == "split" and self._captured.covering((0, *live[1:])) is not None:
             return self._split(inputs, live, each)
         if self.overflow == "eager":
-            if self._function is None:
-                raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")
-            self._check_limits(live)
-            target = self._plain(live)
-            if self._write(self._ring.acquire(), inputs, live, target) != len(inputs):
-                self._refuse_others(inputs)
-            self._submit_plain(target, live)
-            return self._function(target.step)
-        raise self._too_large(over, live, max(graph.sizes[over] for graph in self._captured))
+            return self._eager(inputs, live)
+        # The last axis beyond all graphs: "split" can do something about the first, the tokens.
+        largest = [self._captured.largest(axis) for axis in range(len(live))]
+        over = max((axis for axis, size in enumerate(live) if size > largest[axis]), default=0)
+        raise self._too_large(over, live, largest[over])
 
-    def _warm(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> None:
-        """Run a bucket once without a graph, and without inputs, so that its capture has nothing to compile or load."""
-        target = self._plain(sizes)
-        block = self._ring.acquire()
-        self._write(block, {}, (0,) * len(sizes), target)
-        block.bucket = None
-        self._submit(target, 0)
-        fn(target.step)
+    def _eager(self, inputs: Mapping[str, Any], live: tuple[int, ...]) -> Any:
+        """Run fill and function without a graph."""
+        if self._function is None:
+            raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")
+        check_limits(self._axes, self._limits, self._choices, live)
+        target, arena = self._plain(live), self._arena
+        if arena.write(self._ring.acquire(), inputs, live, target.padded) != len(inputs):
+            arena.refuse_others(inputs)
+        self._submit_plain(target, live)
+        return self._function(target.step)
 
     def _split(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """Replay a step in pieces of the largest captured number of tokens that serves its other sizes."""
-        if not isinstance(inputs, Mapping):
-            raise _no_inputs(inputs)
-        rest = live[1:]
-        width = max(g.sizes[0] for g in self._captured if all(a >= b for a, b in zip(g.sizes[1:], rest, strict=True)))
-        follows = {slot.name: slot for slot in self._static if slot.axis == "tokens"}
-        arrays = {}
-        for name, data in inputs.items():
-            slot = self._slots.get(name)
-            if name in follows:
-                if follows[name].extra:
-                    raise ValueError(
-                        f"slot {name!r} follows tokens+{follows[name].extra}, which cannot be split in pieces"
-                    )
-                data = np.asarray(data)
-                if data.ndim == 0 or len(data) != live[0]:
-                    raise ValueError(f"input {name!r} has shape {data.shape}; this step has {live[0]} tokens")
-            if slot is not None and name not in follows and slot.static:
-                slot.coerce(data, self._rows(slot, live))
-            arrays[name] = data
-        self._refuse_others(inputs)
-        pieces = []
-        for start in range(0, live[0], width):
-            stop = min(start + width, live[0])
-            piece = {name: data[start:stop] if name in follows else data for name, data in arrays.items()}
-            for name in follows.keys() & piece.keys():
-                follows[name].coerce(piece[name], stop - start)
-            pieces.append((start, stop, piece))
+        arena, rest = self._arena, live[1:]
+        arena.refuse_others(inputs)
+        pieces = cut(inputs, live, self._captured.largest(0, rest), self._static)
         self._overflows += 1
         result = None
         for start, stop, piece in pieces:
             sizes = (stop - start, *rest)
-            target = self._graph_for(sizes)
+            target = self._captured.covering(sizes)
             assert target is not None
-            block = self._ring.acquire()
-            self._write(block, piece, sizes, target)
-            result = self._submit(target, stop - start)
+            arena.write(self._ring.acquire(), piece, sizes, target.padded)
+            result = arena.submit(target, stop - start)
             if each is not None:
                 each(result, start, stop)
         return result
@@ -996,11 +749,10 @@ class InputBufferManager:
         with self._lock:
             if self._open_recordings:
                 raise BusyError("graphs cannot be closed while one is being captured")
-            if self._captured or self._leaving:
+            if self._captured or self._captured.leaving:
                 self.synchronize()
-            for graph in self._captured + [graph for _, graph in self._leaving]:
-                self._retire(graph)
-            self._captured, self._captured_tokens, self._leaving, self._function = [], [], [], None
+            self._captured.close()
+            self._function = None
 
     # ------------------------------------------------------------------------------------------------------- the end
 
@@ -1055,23 +807,18 @@ class InputBufferManager:
     def stats(self) -> ManagerStats:
         """Return one consistent snapshot of the counters."""
         with self._lock:
-            counts = {tokens: list(past) for tokens, past in self._past.items()}
-            for graph in (*self._fills.values(), *self._captured, *(graph for _, graph in self._leaving)):
-                count = counts.setdefault(graph.sizes[0], [0, 0])
-                count[0] += graph.steps
-                count[1] += graph.live
-            used = {tokens: steps for tokens, (steps, _) in sorted(counts.items()) if steps}
+            counts = self._captured.counts(self._fills.values())
             return ManagerStats(
-                steps=sum(used.values()),
+                steps=sum(steps for steps, _ in counts.values()),
                 live_tokens=sum(live for _, live in counts.values()),
-                padded_tokens=sum(tokens * steps for tokens, steps in used.items()),
-                buckets=used,
+                padded_tokens=sum(tokens * steps for tokens, (steps, _) in counts.items()),
+                buckets={tokens: steps for tokens, (steps, _) in counts.items()},
                 overflows=self._overflows,
                 ring_waits=self._past_waits + (self._ring.waits if self._ring else 0),
                 graphs=len(self._captured),
                 arena_bytes=self._arena.slot_bytes if self._arena else 0,
                 ring_bytes=self._arena.ring_bytes if self._arena else 0,
-                bucket_tokens={tokens: counts[tokens][1] for tokens in used},
+                bucket_tokens={tokens: live for tokens, (_, live) in counts.items()},
             )
 
     def check(self) -> None:
@@ -1083,7 +830,7 @@ class InputBufferManager:
             Slots overlap, a graph was captured over other memory, or host and device disagree about the steps.
         """
         with self._lock:
-            assert self._captured_tokens == [graph.sizes[0] for graph in self._captured]
+            self._captured.check()
             assert all(graph.generation == self._generation for graph in (*self._captured, *self._fills.values()))
             if self._ring is None:
                 return
@@ -1100,35 +847,3 @@ class InputBufferManager:
         return html.card(
             repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
         )
-
-
-def _no_inputs(inputs: Any) -> TypeError:
-    return TypeError(f"inputs is a {type(inputs).__name__}: give a mapping of slot names to arrays")
-
-
-def _positive(name: str, value: Any) -> int:
-    size = _size(name, value)
-    if size < 1:
-        raise ValueError(f"{name} is {value!r}: give at least 1")
-    return size
-
-
-def _size(axis: str, value: Any) -> int:
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{axis} is {value!r}, a bool: give a number")
-    try:
-        size = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{axis} is {value!r}: give a whole number") from None
-    if size < 0:
-        raise ValueError(f"{axis} is {size}: it cannot be negative")
-    return size
-
-
-def _bucket_lists(given: Any, max_tokens: int) -> dict[str, tuple[int, ...]]:
-    if given is None:
-        return {}
-    lists = dict(given) if isinstance(given, Mapping) else {"tokens": given}
-    return {
-        axis: _buckets.validate(sizes, max_tokens if axis == "tokens" else 1 << 62) for axis, sizes in lists.items()
-    }

@@ -179,6 +179,23 @@ class InputSlot:
             raise TypeError(f"slot {self.name!r} is not static: its values pass through stage_inputs untouched")
         self._set(self, data)
 
+    def bind(
+        self,
+        position: int,
+        axis_index: int,
+        resolve: Callable[[InputSlot], Any],
+        set_data: Callable[[InputSlot, Any], None],
+    ) -> None:
+        """Take a place among the static slots, follow an axis (-1: none), and learn what `array` and `set_data` do."""
+        self.position, self.axis_index = position, axis_index
+        self.word = position * kernels.LIVE
+        self.columns_word = self.word + kernels.COLUMNS
+        self._resolve, self._set = resolve, set_data
+
+    def rows(self, sizes: tuple[int, ...]) -> int:
+        """Return the slot's rows in a step of `sizes`, in the order of the axes."""
+        return sizes[self.axis_index] + self.extra if self.axis_index >= 0 else self.capacity
+
     def table_row(self, base: int) -> list[int]:
         """The slot's row of the fill table, with the arena at address `base`."""
         row = [0] * kernels.ROW

@@ -39,11 +39,11 @@ class Block:
         The live words, `kernels.LIVE` per slot.
     staged : list of numpy.ndarray
         Per slot position, its part of the block: shape (max_live,), `source_dtype`.
-    bucket : object
-        What the padded sizes in `words` were last written for.
+    padded : tuple of int or None
+        The padded rows per slot that `words` were last written for; the very tuple, so that `is` tells.
     """
 
-    __slots__ = ("bucket", "staged", "words")
+    __slots__ = ("padded", "staged", "words")
 
     def __init__(self, memory: np.ndarray, offset: int, slots: tuple[InputSlot, ...]) -> None:
         self.words = memoryview(memory[offset : offset + _words_nbytes(slots)]).cast("q")  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ class Block:
         self.staged = [
             _cuda.host_view(memory, offset + slot.source_offset, (slot.max_live,), slot.source_dtype) for slot in slots
         ]
-        self.bucket: Any = None
+        self.padded: tuple[int, ...] | None = None
 
 
 class StagingRing:

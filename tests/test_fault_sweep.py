@@ -117,7 +117,7 @@ def lease(how):
 def first_of_a_bucket(w):
     w.m.synchronize()
     if (fill := w.m._fills.pop((16,), None)) is not None:
-        w.m._retire(fill)
+        w.m._captured.retire(fill)
     w.m.stage_inputs({}, 12)
 
 

@@ -15,8 +15,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
 ORDER = (
     "errors checks config _cuda spec buckets html interop stats progress demand kernels memory entry shelves ordering "
-    "store ladder pool policies moves calibration tiered hierarchy slot staging arena lease graph manager predictive "
-    "factory nvtx report timeline plots testing ext traces planning pipeline info cli __main__"
+    "store ladder pool policies moves calibration tiered hierarchy slot sizes overflow staging arena lease graph "
+    "service manager predictive factory nvtx report timeline plots testing ext traces planning pipeline info cli "
+    "__main__"
 ).split()
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")

@@ -12,7 +12,7 @@ import kit
 import numpy as np
 import pytest
 
-from numbabuf import InputBufferManager, _cuda, arena, graph, kernels, manager, slot, staging
+from numbabuf import InputBufferManager, _cuda, arena, graph, kernels, service, slot, staging
 
 STEPS = 60
 
@@ -96,7 +96,7 @@ MUTANTS = {
     "padding skipped": (run_ring, slot.InputSlot, "describe", "= padded * width", "= live * width", ()),
     "pad left as it is": (run_ring, slot.InputSlot, "table_row", "= self.pad_mode", "= kernels.PAD_KEEP", ()),
     "sizes of an earlier bucket": (
-        run_ring, manager.InputBufferManager, "_write", "same = block.bucket is target", "same = True", (),
+        run_ring, arena.Arena, "write", "same = block.padded is padded", "same = True", (),
     ),
     "graph without its fill": (run_ring, graph.Recording, "__enter__", "self._fill(self._stream)", "pass", ()),
     "fill not first": (
@@ -104,7 +104,7 @@ MUTANTS = {
         "if error is None:", "if error is None:\n        self._fill(self._stream)", (),
     ),
     "count not advanced": (run_ring, kernels, "fill_slots", "store8(table + STEP * WORD, step + 1)", "pass", ()),
-    "bucket one too small": (run_ring, manager.InputBufferManager, "_graph_for", "live[0])", "live[0] - 1)", ()),
+    "bucket one too small": (run_ring, service.Service, "covering", "live[0])", "live[0] - 1)", ()),
     "operands dropped": (run_operands, _cuda.Capture, "keep", "self._operands.extend(kept(operand))", "pass", STUB),
     "counts not reset": (run_failed_launch, arena.Arena, "resync", "self.ring.reset()", "self.ring.advance()", STUB),
     "device count not reset": (run_failed_launch, arena.Arena, "resync", "self._write_table()", "pass", STUB),

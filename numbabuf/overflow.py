@@ -1,0 +1,83 @@
+"""What a manager does with a step that is larger than every captured one: the policies, and how "split" cuts a step.
+
+Cutting is pure: all pieces are made and checked before the first of them is queued. Sits above `slot`, below
+`manager`, which runs what is cut here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .slot import InputSlot
+
+__all__ = ["POLICIES", "cut", "warn"]
+
+POLICIES = ("raise", "eager", "split")
+"""Refuse the step; run fill and function without a graph; replay it in pieces along the tokens."""
+
+
+def cut(
+    inputs: Mapping[str, Any], live: tuple[int, ...], width: int, slots: Sequence[InputSlot]
+) -> list[tuple[int, int, dict[str, Any]]]:
+    """Cut the inputs of a step into pieces of `width` tokens.
+
+    Parameters
+    ----------
+    inputs
+        Every name is that of one of `slots`.
+    live
+        Sizes of the step, tokens first.
+
+    Returns
+    -------
+    pieces : list of (start, stop, inputs)
+        The tokens of each piece, and its inputs: slices where a slot follows the tokens, else the whole.
+
+    Raises
+    ------
+    TypeError, ValueError, OverflowError
+        An input does not fit its slot, or a slot follows the tokens with rows to spare, which no cut can give.
+    """
+    follows = {slot.name: slot for slot in slots if slot.axis == "tokens"}
+    arrays = {}
+    for slot in slots:
+        if slot.name not in inputs:
+            continue
+        data = inputs[slot.name]
+        if slot.name in follows:
+            if slot.extra:
+                raise ValueError(f"slot {slot.name!r} follows tokens+{slot.extra}, which cannot be split in pieces")
+            data = np.asarray(data)
+            if data.ndim == 0 or len(data) != live[0]:
+                raise ValueError(f"input {slot.name!r} has shape {data.shape}; this step has {live[0]} tokens")
+        else:
+            slot.coerce(data, slot.rows(live))
+        arrays[slot.name] = data
+    pieces = []
+    for start in range(0, live[0], width):
+        stop = min(start + width, live[0])
+        piece = {name: data[start:stop] if name in follows else data for name, data in arrays.items()}
+        for name in follows.keys() & piece.keys():
+            follows[name].coerce(piece[name], stop - start)
+        pieces.append((start, stop, piece))
+    return pieces
+
+
+def warn(axes: Sequence[str], live: Sequence[int]) -> None:
+    """Say that a step runs without a graph, at the line that asked for it; the caller says it once."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and os.path.dirname(frame.f_code.co_filename) == os.path.dirname(__file__):
+        depth, frame = depth + 1, frame.f_back
+    size = ", ".join(f"{axis}={value}" for axis, value in zip(axes, live, strict=True))
+    warnings.warn(
+        f"a step with {size} is larger than every bucket and runs without a graph, which is slower: "
+        "capture a larger bucket (further such steps are only counted, in stats().overflows)",
+        RuntimeWarning,
+        stacklevel=depth,
+    )
