@@ -19,7 +19,7 @@ from . import _cuda, kernels
 from .errors import BusyError
 from .pool import BufferPool
 from .slot import InputSlot
-from .spec import BufferSpec, Tier
+from .spec import BufferSpec, BufferState, Tier
 from .staging import Block, StagingRing, align
 
 __all__ = ["Arena"]
@@ -81,9 +81,11 @@ class Arena:
         self.slot_bytes = offset
         self.ring_bytes = StagingRing.nbytes(slots, depth)
         with contextlib.ExitStack() as undo:
-            self._device = pool.allocate(BufferSpec(self.slot_bytes, "uint8", Tier.DEVICE))
+            # With the stream, in both: the pool must order what runs here behind whatever an earlier lease of the
+            # memory has queued, and a later lease behind the steps of an owner that was dropped without `release`.
+            self._device = pool.allocate(BufferSpec(self.slot_bytes, "uint8", Tier.DEVICE), stream=stream)
             undo.callback(self._device.release)
-            self._pinned = pool.allocate(BufferSpec(self.ring_bytes, "uint8", Tier.PINNED))
+            self._pinned = pool.allocate(BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream)
             undo.callback(self._pinned.release)
             self._memory = self._device.array
             self._table_address = _cuda.address(self._memory)
@@ -199,10 +201,10 @@ class Arena:
             raise BusyError(f"{target!r} was captured over memory that the slots have left; capture it again")
         try:
             target.launch_on(self._core)
+            self.ring.advance()  # in here: an interrupt between the two would leave host and device one step apart
         except BaseException:
             self.resync()
             raise
-        self.ring.advance()
         target.steps += 1
         target.live += tokens
         return target.step.result
@@ -219,10 +221,10 @@ class Arena:
         """Queue the fill of the block that was written last, by itself; `rows` as for `launch_fill`."""
         try:
             self.launch_fill(self._stream, rows)
+            self.ring.advance()
         except BaseException:
             self.resync()
             raise
-        self.ring.advance()
 
     def _write_table(self) -> None:
         head = [0] * kernels.HEAD
@@ -238,18 +240,29 @@ class Arena:
         return rows or [0] * kernels.ROW
 
     def resync(self) -> None:
-        """After a launch that failed: make the host's and the device's count of steps agree again."""
+        """After a launch that failed: make the host's and the device's count of steps agree again.
+
+        Where that fails too, the next step tries it again, and raises what the driver says.
+        """
+        self.ring.halt(self._recount)
         try:
-            self._stream.synchronize()
-            self.ring.reset()
-            self._write_table()
-        except Exception as error:  # the context is gone; the next step raises what the driver says
+            self._recount()
+        except Exception as error:
             _log.warning("the staging ring could not be reset after a failed launch: %s", error)
 
+    def _recount(self) -> None:
+        self._stream.synchronize()
+        self._write_table()
+        self.ring.reset()
+
     def release(self) -> None:
-        """Give the memory back to the pool; the owner has waited for the stream and dropped the graphs."""
-        self._device.release()
-        self._pinned.release()
+        """Give the memory back to the pool; the owner has waited for the stream and dropped the graphs.
+
+        After an error of the driver it may be called again, for what is left.
+        """
+        for entry in (self._device, self._pinned):
+            if entry.state is not BufferState.FREE:
+                entry.release()
 
     def check(self) -> None:
         """Assert that slots do not overlap, and that host and device agree; the owner has waited for the stream."""

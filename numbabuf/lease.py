@@ -29,6 +29,11 @@ class Lease:
     result
         What ending the lease gave: the views of a fill, or the result of a replay.
 
+    Notes
+    -----
+    Threads: one thread writes; any thread may end the lease, and only the first to do so does. Capture: a lease that is
+    ended by `fill` or `replay` inside a capture is refused, and stays open; leaving its block there discards it.
+
     Examples
     --------
     >>> import numbabuf
@@ -99,11 +104,15 @@ class Lease:
                 "this lease has ended; its staging block may be in use for another step: call stage() again"
             )
 
-    def _end(self, how: str) -> Any:
+    def expire(self) -> None:
+        """End the right to write, exactly once; for the manager, which calls it under its lock."""
         self._check_open()
         self._open = False
         for array in self._arrays.values():
             array.flags.writeable = False
+
+    def _end(self, how: str) -> Any:
+        self._check_open()
         self.result = self._finish(self, how)
         return self.result
 
@@ -112,8 +121,13 @@ class Lease:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if self._open:
+        if not self._open:
+            return
+        try:
             self._end("fill" if kind is None else "discard")
+        finally:
+            if self._open:  # a capture is open: the step is lost, the manager is not
+                self._end("discard")
 
     def __repr__(self) -> str:
         return f"Lease({'open' if self._open else 'ended'}, {', '.join(self._arrays) or 'nothing written'})"

@@ -12,7 +12,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -129,7 +129,7 @@ class InputBufferManager:
         self._captured = Service(self._stream)
         self._function: Callable[[Step], Any] | None = None
         self._lease: Lease | None = None
-        self._open_recordings = 0
+        self._capturer: int | None = None  # the thread that captures
         self._past_waits = 0
         self._overflows = 0
         self._warned = False
@@ -253,9 +253,13 @@ class InputBufferManager:
                 f"{what} while {len(self._captured)} graph(s) read the slots where they lie: register every slot "
                 "before capturing, or call close_graphs() first"
             )
-        if self._open_recordings:
+        if self._capturer is not None:
             raise BusyError(f"{what} while a graph is being captured")
         self._check_no_lease()
+
+    def _check_no_capture(self) -> None:
+        if self._capturer is not None:
+            raise BusyError("graphs cannot be closed while one is being captured")
 
     def _check_no_lease(self) -> None:
         if self._lease is not None:
@@ -367,11 +371,14 @@ class InputBufferManager:
         """What every step checks first."""
         if self._lease is not None:
             self._check_no_lease()
+        self._refuse_capture()
+        return live_sizes(self._axes, num_tokens, sizes)
+
+    def _refuse_capture(self) -> None:
         if _cuda.captures and get_ident() in _cuda.captures:
             raise CaptureError(
                 "host inputs cannot be staged inside a capture: the graph's own fill reads them at replay"
             )
-        return live_sizes(self._axes, num_tokens, sizes)
 
     def _fill_for(self, live: tuple[int, ...]) -> CapturedStep:
         """What fills the slots, and nothing else, for the bucket that covers `live`: a graph made at its first use."""
@@ -463,6 +470,9 @@ class InputBufferManager:
 
             def finish(lease: Lease, how: str) -> Any:
                 with self._lock:
+                    if how != "discard":
+                        self._refuse_capture()
+                    lease.expire()  # here, as two threads may end it at once, and `close` too
                     self._lease = None
                     if how == "discard":
                         return None
@@ -482,7 +492,7 @@ class InputBufferManager:
                 self._slots[name].check_range(array)
         target = self._captured.covering(live) if replay else self._fill_for(live)
         if target is None:
-            raise self._too_large(0, live, self._captured.largest(0))
+            raise self._uncovered(live)
         block = lease.block
         block.padded = None
         for slot in self._static:
@@ -542,14 +552,14 @@ class InputBufferManager:
         """The right to capture: one at a time, and the slots' memory stays where it is meanwhile."""
         if get_ident() in _cuda.captures:
             raise CaptureError("this thread already has a capture open: end it before beginning another")
+        if self._capturer == get_ident():
+            raise CaptureError("this thread is capturing with this manager: a captured function cannot capture others")
         with self._capturing:
-            with self._lock:
-                self._open_recordings += 1
             try:
+                self._capturer = get_ident()
                 yield
             finally:
-                with self._lock:
-                    self._open_recordings -= 1
+                self._capturer = None
 
     def capture_buckets(
         self,
@@ -621,8 +631,8 @@ class InputBufferManager:
                     why = f"{type(error).__name__} at {phase} {dict(zip(self._axes, size, strict=True))}; none is kept"
                     stopped("capture_buckets", len(captured), len(asked), why)
                 raise
-            self._function = fn
             self._adopt(captured)
+            self._function = fn
             return tuple(dict(zip(self._axes, size, strict=True)) for size in reversed(asked))
 
     def _warm(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> None:
@@ -661,8 +671,9 @@ class InputBufferManager:
         num_tokens : int
             Live tokens.
         each : callable, optional
-            With `overflow` "split": called as ``each(result, start, stop)`` after each piece is queued, the moment
-            to queue what reads its result, which the next piece overwrites.
+            With `overflow` "split": called as ``each(result, start, stop)`` after each piece of a step that was split
+            is queued, the moment to queue what reads its result, which the next piece overwrites. Other threads' steps
+            wait meanwhile; it must not capture, nor wait for a thread that uses this manager.
         **sizes : int
             The step's other sizes.
 
@@ -711,10 +722,14 @@ class InputBufferManager:
             return self._split(inputs, live, each)
         if self.overflow == "eager":
             return self._eager(inputs, live)
+        raise self._uncovered(live)
+
+    def _uncovered(self, live: tuple[int, ...]) -> Exception:
+        """The error for a step that no captured graph covers."""
         # The last axis beyond all graphs: "split" can do something about the first, the tokens.
         largest = [self._captured.largest(axis) for axis in range(len(live))]
         over = max((axis for axis, size in enumerate(live) if size > largest[axis]), default=0)
-        raise self._too_large(over, live, largest[over])
+        return self._too_large(over, live, largest[over])
 
     def _eager(self, inputs: Mapping[str, Any], live: tuple[int, ...]) -> Any:
         """Run fill and function without a graph."""
@@ -747,8 +762,7 @@ class InputBufferManager:
     def close_graphs(self) -> None:
         """Wait for all steps, then destroy every captured graph and let its operands go."""
         with self._lock:
-            if self._open_recordings:
-                raise BusyError("graphs cannot be closed while one is being captured")
+            self._check_no_capture()
             if self._captured or self._captured.leaving:
                 self.synchronize()
             self._captured.close()
@@ -784,6 +798,7 @@ class InputBufferManager:
         with self._lock:
             if self.closed:
                 return
+            self._check_no_capture()
             if self._lease is not None:
                 self._lease.discard()
             try:
@@ -796,6 +811,9 @@ class InputBufferManager:
             self.closed = True
             if self._own_pool:
                 self._pool.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a manager cannot be copied or pickled: its memory and graphs are this one's; make another")
 
     def __enter__(self) -> InputBufferManager:
         self._check_open()
@@ -843,7 +861,8 @@ class InputBufferManager:
 
     def _repr_html_(self) -> str:
         slots = [(slot.name, str(slot.spec), slot.axis or "whole", str(slot.pad)) for slot in self.slots]
-        ring = html.squares(self._ring.pending, self._depth, names=("staged", "free")) if self._ring else ""
+        at = self._ring  # once: another thread may give the memory back meanwhile
+        ring = html.squares(at.pending, self._depth, names=("staged", "free")) if at else ""
         return html.card(
             repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
         )

@@ -12,8 +12,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from .slot import InputSlot
 
 __all__ = ["POLICIES", "cut", "warn"]
@@ -53,7 +51,7 @@ def cut(
         if slot.name in follows:
             if slot.extra:
                 raise ValueError(f"slot {slot.name!r} follows tokens+{slot.extra}, which cannot be split in pieces")
-            data = np.asarray(data)
+            data = slot.on_host(data)
             if data.ndim == 0 or len(data) != live[0]:
                 raise ValueError(f"input {slot.name!r} has shape {data.shape}; this step has {live[0]} tokens")
         else:

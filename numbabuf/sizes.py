@@ -49,9 +49,7 @@ def bucket_lists(given: Any, max_tokens: int) -> dict[str, tuple[int, ...]]:
     if given is None:
         return {}
     lists = dict(given) if isinstance(given, Mapping) else {"tokens": given}
-    return {
-        axis: buckets.validate(sizes, max_tokens if axis == "tokens" else 1 << 62) for axis, sizes in lists.items()
-    }
+    return {axis: buckets.validate(sizes, max_tokens if axis == "tokens" else 1 << 62) for axis, sizes in lists.items()}
 
 
 def settle(

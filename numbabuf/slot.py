@@ -142,7 +142,7 @@ class InputSlot:
                 raise TypeError("it is complex")
             with np.errstate(all="ignore"):
                 value = given.astype(dtype)
-            if given.dtype.kind == "f" and np.isfinite(given) and not np.isfinite(value):
+            if given.dtype.kind in "iuf" and np.isfinite(given) and not np.isfinite(value):
                 raise ValueError("it does not fit")
             raw = value.tobytes()
         except (TypeError, ValueError, OverflowError) as error:
@@ -159,7 +159,7 @@ class InputSlot:
         return None if self._resolve is None else self._resolve(self)
 
     def set_data(self, data: Any) -> None:
-        """Stage `data` into this slot alone and pad the rest of it; the other slots keep what they hold.
+        """Stage `data` into this slot alone, padded to its own bucket; the other slots keep what they hold.
 
         Parameters
         ----------
@@ -209,6 +209,15 @@ class InputSlot:
         row[kernels.PAD_LOW], row[kernels.PAD_HIGH] = self._pad_words
         return row
 
+    def on_host(self, data: Any) -> np.ndarray:
+        """Return `data` as an array, refusing one of the device, which NumPy might copy back without a word."""
+        if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
+            raise TypeError(
+                f"input {self.name!r} is a device array; inputs are staged from the host. Copy it yourself on the "
+                "manager's stream: manager.get_slot(name).array.copy_to_device(data, stream=manager.stream)"
+            )
+        return np.asarray(data)
+
     def coerce(self, data: Any, live: int) -> np.ndarray:
         """Return `data` as an array that may be staged as `live` rows, or say what is wrong with it.
 
@@ -221,12 +230,7 @@ class InputSlot:
         OverflowError
             An integer does not fit the slot's narrower type (where the range check is on).
         """
-        if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
-            raise TypeError(
-                f"input {self.name!r} is a device array; inputs are staged from the host. Copy it yourself on the "
-                "manager's stream: manager.get_slot(name).array.copy_to_device(data, stream=manager.stream)"
-            )
-        array = np.asarray(data)
+        array = self.on_host(data)
         if array.dtype != self.source_dtype and not (
             array.size == 0 and not isinstance(data, np.ndarray) or _casts(array.dtype, self.source_dtype)
         ):

@@ -7,6 +7,7 @@ depth alone guards nothing. The ring knows bytes and steps, not inputs or graphs
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ __all__ = ["ALIGNMENT", "Block", "StagingRing", "align"]
 
 ALIGNMENT = 256
 """Bytes on which blocks, and slots within the arena, begin: what the driver aligns its own allocations to."""
+
+_HALTED = 1 << 62  # a count of steps at which every block is taken, so that the hot path has no second question to ask
 
 
 def align(nbytes: int) -> int:
@@ -78,6 +81,7 @@ class StagingRing:
         self.depth = depth
         self.step = 0
         self.waits = 0
+        self._repair: Callable[[], None] | None = None
         self._stream = stream
         self._retired = memoryview(memory[: kernels.WORD]).cast("q")  # type: ignore[arg-type]
         self._retired[0] = 0
@@ -107,6 +111,7 @@ class StagingRing:
         step = self.step
         if step - self._retired[0] >= self.depth:
             self._wait(step)
+            step = self.step
         return self.blocks[step % self.depth]
 
     def advance(self) -> None:
@@ -116,7 +121,7 @@ class StagingRing:
     @property
     def pending(self) -> int:
         """Number of staged blocks that are not yet known to be read."""
-        return self.step - self._retired[0]
+        return min(self.step - self._retired[0], self.depth)
 
     def _wait(self, step: int) -> None:
         """Poll until the oldest block is read.
@@ -125,6 +130,9 @@ class StagingRing:
         while the host writes the next ones. The query also raises if a kernel has faulted, so this cannot hang on a
         count that will never come.
         """
+        if self._repair is not None:
+            self._repair()
+            return
         self.waits += 1
         pause = 0.0
         while step - self._retired[0] >= self.depth:
@@ -137,7 +145,16 @@ class StagingRing:
             time.sleep(pause)
             pause = min(pause + 1e-6, 5e-5)
 
+    def halt(self, repair: Callable[[], None]) -> None:
+        """Lend no block before `repair` has called `reset`; `acquire` calls it, and raises what it raises.
+
+        For an owner that cannot tell whether host and device count alike.
+        """
+        self._repair = repair
+        self.step = _HALTED
+
     def reset(self) -> None:
-        """Start counting anew; the owner has waited for the stream and resets the device's count."""
-        self.step = 0
+        """Start counting anew; the owner has waited for the stream and has reset the device's count."""
         self._retired[0] = 0
+        self.step = 0
+        self._repair = None

@@ -268,3 +268,94 @@ def test_a_manager_closes_once_its_context_is_gone(stub):
         m.close()
     finally:
         stub.clear_errors()
+
+
+# ------------------------------------------------------------------------------------------------------ found by attack
+
+
+def test_a_reset_that_fails_as_well_is_made_up_for(stub, mode):
+    """Two faults in a row: no step may run while host and device do not count alike."""
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8, 16], ring=3) as m:
+        m.capture_buckets(lambda step: None)
+        for _ in range(2):
+            m.replay({"input_ids": ids(3)}, 3)
+        m.synchronize()
+        with failing(stub, "cuMemcpyHtoDAsync:1") as reset_failed:
+            stub.fail("cuGraphLaunch:1,cuMemcpyHtoDAsync:1-2")
+            with pytest.raises(Exception, match="cuGraphLaunch|UNKNOWN|LAUNCH"):
+                m.replay({"input_ids": ids(3)}, 3)
+            assert reset_failed()
+            assert "staged" in m._repr_html_()
+            with pytest.raises(Exception, match="cuMemcpyHtoDAsync"):
+                m.replay({"input_ids": ids(3)}, 3)
+        for n in range(1, 8):
+            m.replay({"input_ids": np.full(n, n)}, n)
+            assert kit.contents(m)["input_ids"][:8].tolist() == [n] * n + [0] * (8 - n)
+        m.check()
+
+
+def test_graphs_that_cannot_enter_service_leave_the_function_too(stub, mode):
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow="eager") as m:
+        m.capture_buckets(lambda step: "old")
+        with failing(stub, "cuEventRecord:1"), pytest.raises(Exception, match="cuEventRecord"):
+            m.capture_buckets(lambda step: "new")
+        with pytest.warns(RuntimeWarning, match="larger than every bucket"):
+            assert (m.replay({}, 8), m.replay({}, 9)) == ("old", "old")
+        m.check()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_slots_on_memory_that_the_default_stream_still_writes(stub, seed):
+    """A buffer goes back with work queued on the default stream; the manager's own stream has to wait for it."""
+    stub.set_async(1)
+    stub.set_seed(seed)
+    try:
+        pool = SimpleBufferPool()
+        with InputBufferManager(pool, 4, 8, buckets=[8, 16]) as m:
+            m.stage_inputs({}, 0)
+            words = m.stats().arena_bytes // 8
+        pool.clear()
+        source, weights = kit.to_device(np.full(words, 5)), kit.to_device(np.array([3, 1]))
+        entry = pool.allocate(BufferSpec(words, "int64"))
+        address = entry.address
+        kit.run(kit.affine, 0, source, weights, entry.array)
+        entry.release()
+        with InputBufferManager(pool, 4, 8, buckets=[8, 16]) as m:
+            m.stage_inputs({"input_ids": ids(5)}, 5)
+            assert m._arena._table_address == address, "other memory: the test shows nothing"
+            _cuda.synchronize()
+            assert kit.contents(m)["input_ids"][:8].tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
+            m.check()
+        pool.close()
+    finally:
+        stub.set_seed(0)
+        stub.set_async(kit.lazy_by_environment())
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_memory_of_a_dropped_manager_waits_for_its_steps(stub, seed, caplog):
+    """Nobody closed it, and its steps are queued: who gets the memory next must come after them."""
+    stub.set_async(1)
+    stub.set_seed(seed)
+    try:
+        pool = SimpleBufferPool()
+        m = InputBufferManager(pool, 4, 8, buckets=[8, 16], ring=8)
+        m.stage_inputs({}, 8)
+        nbytes, stream, address = m.stats().arena_bytes, m._stream, m._arena._table_address
+        m.synchronize()
+        for _ in range(4):
+            m.stage_inputs({"input_ids": ids(8)}, 8)
+        del m
+        kit.collect()
+        other = _cuda.as_stream(None)
+        entry = pool.allocate(BufferSpec(nbytes, "uint8"), stream=other)
+        assert entry.address == address, "other memory: the test shows nothing"
+        entry.array.copy_to_device(np.full(nbytes, 7, np.uint8), stream=other.numba)
+        other.synchronize()
+        stream.synchronize()
+        assert (kit.to_host(entry.array, other.numba) == 7).all()
+        entry.release()
+        pool.close()
+    finally:
+        stub.set_seed(0)
+        stub.set_async(kit.lazy_by_environment())

@@ -6,7 +6,15 @@ import kit
 import numpy as np
 import pytest
 
-from numbabuf import BucketOverflowError, BufferSpec, BusyError, ClosedError, GraphMissingError, InputBufferManager
+from numbabuf import (
+    BucketOverflowError,
+    BufferSpec,
+    BusyError,
+    CaptureError,
+    ClosedError,
+    GraphMissingError,
+    InputBufferManager,
+)
 
 
 @pytest.fixture
@@ -180,3 +188,113 @@ def test_closing_the_manager_discards_an_open_lease():
     assert manager.closed and not array.flags.writeable
     with pytest.raises(ClosedError):
         lease.fill()
+
+
+def test_of_two_threads_that_end_a_lease_one_does(manager):
+    """Both find it open; then one after the other ends it."""
+    manager.capture_buckets(lambda step: None, [{"tokens": 8, "seqs": 4}])
+    lease = manager.stage(3, seqs=1)
+    lease["input_ids"][:] = 1
+    check, both, errors, seen = lease._check_open, threading.Barrier(2), [], set()
+
+    def open_for_both():
+        check()
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            both.wait(30)
+
+    def end():
+        try:
+            lease.replay()
+        except ClosedError as error:
+            errors.append(error)
+
+    lease._check_open = open_for_both
+    threads = [threading.Thread(target=end) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 1 and manager.stats().steps == 1
+    manager.check()
+
+
+def test_closing_the_manager_while_another_thread_ends_the_lease():
+    """A: ends the lease, and is about to tell the manager; B: closes the manager; A: is told that it came too late."""
+    manager = InputBufferManager(max_batch_size=1, max_seq_len=8)
+    lease = manager.stage(3)
+    finish, ending, closed, errors = lease._finish, threading.Event(), threading.Event(), []
+
+    def late(lease, how):
+        if threading.current_thread() is not threading.main_thread():
+            ending.set()
+            closed.wait(30)
+        return finish(lease, how)
+
+    def end():
+        try:
+            lease.fill()
+        except ClosedError as error:
+            errors.append(error)
+
+    lease._finish = late
+    thread = threading.Thread(target=end)
+    thread.start()
+    ending.wait(30)
+    try:
+        manager.close()
+    finally:
+        closed.set()
+        thread.join()
+    assert manager.closed and len(errors) == 1
+
+
+@pytest.mark.parametrize("how", ["replay", "fill", "leave"])
+def test_a_lease_is_not_ended_inside_a_capture(manager, how):
+    """Not even inside another manager's: the step would run once, now, and be missing from every replay."""
+    manager.capture_buckets(lambda step: None, [{"tokens": 8, "seqs": 4}])
+    with InputBufferManager(max_batch_size=1, max_seq_len=8) as other:
+        other.stage_inputs({}, 0)
+        lease = manager.stage(3, seqs=1)
+        with pytest.raises(CaptureError, match="inside a capture"), other.capture(8):
+            if how == "leave":
+                with lease:
+                    lease["input_ids"][:] = 5
+            else:
+                getattr(lease, how)()
+        assert manager.stats().steps == 0
+        if how == "leave":
+            with pytest.raises(ClosedError):
+                lease.fill()
+        else:
+            lease["input_ids"][:] = 6
+            getattr(lease, how)()
+            assert kit.contents(manager)["input_ids"][:4].tolist() == [6, 6, 6, 0]
+        manager.stage_inputs({}, 0, seqs=0)
+        manager.check()
+
+
+def test_a_close_that_is_refused_leaves_the_lease(manager):
+    manager.stage_inputs({}, 0, seqs=0)
+    errors = []
+
+    def lease_and_close():
+        with manager.stage(2, seqs=1) as lease:
+            lease["input_ids"][:] = 4
+            try:
+                manager.close()
+            except BusyError as error:
+                errors.append(error)
+
+    with manager.capture(8, seqs=1):
+        thread = threading.Thread(target=lease_and_close)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1 and not manager.closed
+    assert kit.contents(manager)["input_ids"][:3].tolist() == [4, 4, 0]
+
+
+def test_a_replay_names_the_axis_that_no_graph_covers(manager):
+    manager.capture_buckets(lambda step: None, [{"tokens": 16, "seqs": 2}])
+    with pytest.raises(BucketOverflowError, match="seqs=3; the largest bucket is 2"), manager.stage(3, seqs=3) as lease:
+        lease.replay()

@@ -1,6 +1,9 @@
 """InputBufferManager: padding, replay, errors that change nothing, leases, captures, overflow, addresses, threads."""
 
+import copy
 import gc
+import pickle
+import signal
 import threading
 import warnings
 import weakref
@@ -21,6 +24,7 @@ from numbabuf import (
     InputBufferManager,
     SimpleBufferPool,
     _cuda,
+    staging,
 )
 
 SIM = _cuda.SIM
@@ -832,3 +836,77 @@ def test_two_threads_capture_one_after_the_other(manager):
         thread.join()
     assert not failures and sorted(results) == [8, 8, 8, 16, 16, 16]
     manager.check()
+
+
+# ------------------------------------------------------------------------------------------------------ found by attack
+
+
+@pytest.mark.parametrize("do", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_manager_is_not_copied(manager, do):
+    """A copy would share the memory, and the first of the two to close would free it under the other."""
+    with pytest.raises(TypeError, match="a manager cannot be copied or pickled"):
+        do(manager)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m: m.replay({"input_ids": ids(3)}, 3),
+        lambda m: m.stage_inputs({"input_ids": ids(3)}, 3),
+        lambda m: m.get_slot("input_ids").set_data(ids(3)),
+    ],
+    ids=["replay", "stage_inputs", "set_data"],
+)
+def test_an_interrupt_right_after_the_launch(manager, monkeypatch, step):
+    """Ctrl-C between the launch and the host's count of it must not leave host and device one step apart."""
+    manager.capture_buckets(lambda step: None)
+    manager.stage_inputs({}, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.StagingRing, "advance", lambda ring: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            step(manager)
+    manager.check()
+    manager.replay({"input_ids": ids(5)}, 5)
+    assert kit.contents(manager)["input_ids"][:8].tolist() == [*ids(5).tolist(), 0, 0, 0]
+
+
+def test_a_captured_function_cannot_capture():
+    """It would wait for itself: the right to capture is its own thread's already."""
+    manager = InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8])  # not closed where the thread hangs
+    errors = []
+
+    def capture_another(step):
+        with manager.capture(8):
+            pass
+
+    def run():
+        try:
+            manager.capture_buckets(capture_another)
+        except CaptureError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and "cannot capture others" in str(errors[0])
+    manager.capture_buckets(lambda step: None)
+    manager.close()
+
+
+def test_a_device_array_is_not_split():
+    """NumPy would copy it back to the host without a word, at the cost of a synchronisation."""
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow="split") as m:
+        m.capture_buckets(lambda step: None)
+        with pytest.raises(TypeError, match="is a device array"):
+            m.replay({"input_ids": kit.to_device(ids(20))}, 20)
+        assert m.stats().overflows == 0
+
+
+@pytest.mark.parametrize("end", ["fill", "leave"])
+def test_the_warning_points_at_the_line_that_asked(end):
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow="eager") as m:
+        with pytest.warns(RuntimeWarning, match="larger than every bucket") as caught:
+            with m.stage(9) as lease:
+                if end == "fill":
+                    lease.fill()
+        assert caught[0].filename == __file__

@@ -106,8 +106,8 @@ MUTANTS = {
     "count not advanced": (run_ring, kernels, "fill_slots", "store8(table + STEP * WORD, step + 1)", "pass", ()),
     "bucket one too small": (run_ring, service.Service, "covering", "live[0])", "live[0] - 1)", ()),
     "operands dropped": (run_operands, _cuda.Capture, "keep", "self._operands.extend(kept(operand))", "pass", STUB),
-    "counts not reset": (run_failed_launch, arena.Arena, "resync", "self.ring.reset()", "self.ring.advance()", STUB),
-    "device count not reset": (run_failed_launch, arena.Arena, "resync", "self._write_table()", "pass", STUB),
+    "counts not reset": (run_failed_launch, arena.Arena, "_recount", "self.ring.reset()", "self.ring.advance()", STUB),
+    "device count not reset": (run_failed_launch, arena.Arena, "_recount", "self._write_table()", "pass", STUB),
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def make(spec=None, **options):
         ((8, "int64"), {"pad": "keep", "index": True}, ValueError, "stale"),
         ((8, "int32"), {"pad": 1 << 31}, ValueError, "does not fit"),
         ((8, "uint8"), {"pad": -1}, ValueError, "does not fit"),
+        ((8, "float16"), {"pad": 70000}, ValueError, "does not fit"),
         ((8, "int64"), {"pad": 0.5}, ValueError, "no value of int64"),
         ((8, "int64"), {"pad": [1, 2]}, ValueError, "scalar"),
         ((8, "float32"), {"pad": object()}, ValueError, "no value of float32"),
