@@ -9,7 +9,9 @@ everything but `predictive`.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any, NoReturn
@@ -73,6 +75,7 @@ class InputBufferManager:
     are carved from one device allocation, all staging blocks from one pinned one.
     Threads: any thread may call any method; steps are serialised by one lock. Streams: everything is queued on
     `stream`; outputs are ready after `synchronize` or for work queued on it. Capture: steps are refused inside one.
+    Processes: after a fork the child's copy is closed; the parent's goes on.
 
     Examples
     --------
@@ -136,6 +139,7 @@ class InputBufferManager:
         self.closed = False
         self.observer: Callable[[int], None] | None = None
         """Called with each step's number of tokens after it is queued; the seam for demand models."""
+        _managers.add(self)
         if default_slots:
             for name in ("input_ids", "positions"):
                 self.register_slot(name, BufferSpec(self.max_tokens, "int64"), index=True)
@@ -291,12 +295,12 @@ class InputBufferManager:
         for fill in self._fills.values():
             self._captured.retire(fill)
         self._fills.clear()
-        self._past_waits += self._arena.ring.waits
+        arena, self._arena, self._ring = self._arena, None, None  # first: a release that fails may have done half
+        self._past_waits += arena.ring.waits
         if keep:
-            self._kept = self._arena
+            self._kept = arena
         else:
-            self._arena.release()
-        self._arena = self._ring = None
+            arena.release()
 
     # --------------------------------------------------------------------------------------------- the parts of a step
 
@@ -866,3 +870,18 @@ class InputBufferManager:
         return html.card(
             repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
         )
+
+
+# ------------------------------------------------------------------------------------------------------------- fork
+
+_managers: weakref.WeakSet[InputBufferManager] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(_managers):
+        manager._lock, manager._capturing = threading.RLock(), threading.Lock()  # another thread may have held them
+        manager.closed = True  # the driver does not serve a forked process, so there is nothing to give back
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -359,3 +359,32 @@ def test_memory_of_a_dropped_manager_waits_for_its_steps(stub, seed, caplog):
     finally:
         stub.set_seed(0)
         stub.set_async(kit.lazy_by_environment())
+
+
+@pytest.mark.parametrize("call", ["release_all", "close"])
+@pytest.mark.parametrize("which", [1, 2])
+def test_memory_that_cannot_be_given_back_is_not_used_again(stub, mode, call, which):
+    """The pool marks the end of each of the two allocations by an event, which may fail between them."""
+    pool = SimpleBufferPool()
+    m = InputBufferManager(pool, 4, 8, buckets=[8])
+    m.stage_inputs({}, 8)
+    m.synchronize()
+    nbytes = m.stats().arena_bytes
+    with failing(stub, f"cuEventRecord:{which}") as failed:
+        with contextlib.suppress(Exception):
+            getattr(m, call)()
+        assert failed()
+    if call == "release_all":
+        taken = pool.allocate(BufferSpec(nbytes, "uint8"))  # by somebody else, who may get what did go back
+        m.stage_inputs({"input_ids": ids(3)}, 3)
+        assert m._arena._table_address != taken.address
+        taken.release()
+        assert kit.contents(m)["input_ids"][:4].tolist() == [1, 2, 3, 0]
+        m.check()
+    m.close()
+    del m
+    kit.collect()
+    pool.clear()
+    pool.check()
+    assert pool.stats().in_use_bytes == 0
+    pool.close()

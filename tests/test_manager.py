@@ -2,8 +2,11 @@
 
 import copy
 import gc
+import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -910,3 +913,42 @@ def test_the_warning_points_at_the_line_that_asked(end):
                 if end == "fill":
                     lease.fill()
         assert caught[0].filename == __file__
+
+
+FORK = """
+import os, threading
+from numbabuf import ClosedError, InputBufferManager
+
+manager = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8])
+manager.capture_buckets(lambda step: None)
+manager.replay({}, 1)
+held, done = threading.Event(), threading.Event()
+def hold():
+    with manager._lock, manager._capturing:
+        held.set()
+        done.wait(60)
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait(60)
+child = os.fork()
+if child == 0:
+    try:
+        manager.replay({}, 1)
+    except ClosedError:
+        manager.close()
+        os._exit(0)
+    os._exit(1)
+done.set()
+thread.join()
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+manager.replay({}, 1)
+manager.check()
+manager.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_fork_does_not_wait_for_a_lock_of_the_parent():
+    """Nobody in the child will ever release a lock that another thread of the parent held."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
