@@ -370,8 +370,9 @@ def test_memory_that_cannot_be_given_back_is_not_used_again(stub, mode, call, wh
     m.stage_inputs({}, 8)
     m.synchronize()
     nbytes = m.stats().arena_bytes
-    with failing(stub, f"cuEventRecord:{which}") as failed:
-        with contextlib.suppress(Exception):
+    with failing(stub, "cuCtxSynchronize:1") as failed:
+        stub.fail(f"cuEventRecord:{which},cuCtxSynchronize:1")  # the pool's second way, where the first fails
+        with pytest.raises(Exception, match="cuCtxSynchronize"):
             getattr(m, call)()
         assert failed()
     if call == "release_all":
