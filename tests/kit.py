@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import warnings
+from collections import Counter
 
 import numpy as np
 
@@ -123,7 +124,10 @@ def lazy_by_environment():
 
 
 class Log:
-    """A manager whose captured step copies each of its slots into a log row that a device counter chooses."""
+    """A manager whose captured step copies each of its slots into a log row that a device counter chooses.
+
+    Several threads may step it at once, each under a number of its own, its `writer`.
+    """
 
     def __init__(self, steps, *, ring, slots=("ids", "other"), buckets=BUCKETS, **options):
         self.manager = InputBufferManager(
@@ -133,31 +137,57 @@ class Log:
             self.manager.register_slot(slot, BufferSpec(WIDTH, "int64"), pad=-1)
         self.row = to_device(np.zeros(1, np.int64))
         self.logs = {slot: to_device(np.full((steps + len(buckets), WIDTH), -7)) for slot in slots}
-        self.wanted = {slot: [] for slot in slots}
-        self.manager.capture_buckets(self)
-        self.first = int(to_host(self.row, self.manager.stream)[0])
+        self.wanted = {}  # writer -> the rows of its steps, in its order, as bytes
+        self.capture()
 
     def __call__(self, step):
         for slot, log in self.logs.items():
             run(log_row, step.stream, step[slot], log, self.row)
         run(count_up, step.stream, self.row)
 
-    def step(self, random, tokens=None):
+    def capture(self, writer=0):
+        """Capture every bucket, anew where it was; the runs that warm them write a row of padding each."""
+        nothing = {slot: np.empty(0, np.int64) for slot in self.logs}
+        self.manager.capture_buckets(self)
+        for bucket in sorted(BUCKETS, reverse=True):
+            self.expect(nothing, bucket, writer)
+
+    def expect(self, inputs, bucket, writer=0):
+        """Say what the next step of `writer` shall leave in the log."""
+        rows = [
+            np.concatenate([data, np.full(bucket - len(data), -1), np.full(WIDTH - bucket, -7)])
+            for data in inputs.values()
+        ]
+        self.wanted.setdefault(writer, []).append(np.concatenate(rows).tobytes())
+
+    def step(self, random, writer=0):
         """Replay random inputs and overwrite them at once."""
-        tokens = int(random.integers(0, WIDTH + 1)) if tokens is None else tokens
+        tokens = int(random.integers(0, WIDTH + 1))
         inputs = {slot: random.integers(0, 1 << 60, tokens) for slot in self.logs}
-        bucket = next(size for size in BUCKETS if size >= tokens)
-        for slot, data in inputs.items():
-            self.wanted[slot].append(np.concatenate([data, np.full(bucket - tokens, -1), np.full(WIDTH - bucket, -7)]))
-        self.manager.replay(inputs, tokens)
-        for data in inputs.values():
+        staged = {slot: data.copy() for slot, data in inputs.items()}
+        self.manager.replay(staged, tokens)
+        for data in staged.values():
             data[:] = -99
+        self.expect(inputs, bucket_of(tokens), writer)
 
     def wrong(self):
-        """Steps whose data are not what was staged for them."""
+        """What is not in the log as it was staged; [] where each writer's steps are there, whole and in its order.
+
+        Of each writer its first step that is missing, or out of order, and those behind it, as (writer, number); then
+        how many rows nobody staged.
+        """
         stream = self.manager.stream
-        wrong = set()
-        for slot, log in self.logs.items():
-            found = to_host(log, stream)[self.first :][: len(self.wanted[slot])]
-            wrong.update(np.flatnonzero((found != np.array(self.wanted[slot])).any(axis=1)).tolist())
-        return sorted(wrong)
+        steps = int(to_host(self.row, stream)[0])
+        rows = np.concatenate([to_host(log, stream) for log in self.logs.values()], axis=1)[:steps]
+        found = [row.tobytes() for row in rows]
+        wrong = []
+        for writer, wanted in self.wanted.items():
+            later = iter(found)  # each row is looked for behind the one before it
+            wrong += [(writer, number) for number, row in enumerate(wanted) if row not in later]
+        unknown = Counter(found) - Counter(row for wanted in self.wanted.values() for row in wanted)
+        return wrong + [f"{unknown.total()} rows that nobody staged"] * bool(unknown)
+
+
+def bucket_of(tokens):
+    """The bucket of `Log` that a step of `tokens` is padded to."""
+    return next(size for size in BUCKETS if size >= tokens)

@@ -4,15 +4,23 @@ A host that writes a block before its fill has read it shows as wrong data in a 
 writes, one row per step, compared in full. Seeds give each run another, repeatable order of work.
 """
 
+import contextlib
+import functools
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import kit
 import numpy as np
 import pytest
 
-from numbabuf import InputBufferManager
+from numbabuf import BusyError, SimpleBufferPool
+from numbabuf._cuda import cuda
 
 pytestmark = pytest.mark.stub
+
+STEPS = 1112
+"""Of each run of the sweep: with its seeds and rings, ten thousand for each kind of streams and number of threads."""
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -25,19 +33,140 @@ def lazy(request, stub):
     stub.set_async(kit.lazy_by_environment())
 
 
-@pytest.mark.parametrize("ring", [1, 2, 3, 4])
-def test_every_step_sees_its_own_inputs(lazy, ring, stub):
-    steps = 300 if ring == 3 else 2000
-    log = kit.Log(steps, ring=ring)
+@functools.cache
+def user_stream():
+    """A Numba stream. Made once: Numba destroys one in whatever thread the collector finds it, with a context or not."""
+    return cuda.stream()
+
+
+@contextlib.contextmanager
+def logs_on(streams, steps, ring):
+    """Managers with their logs; at the end, each log is compared in full."""
+    with contextlib.ExitStack() as stack:
+        user = user_stream()
+        if streams == "own":
+            logs = [kit.Log(steps, ring=ring)]
+        elif streams == "user":
+            logs = [kit.Log(steps, ring=ring, stream=user)]
+        else:
+            pool = stack.enter_context(SimpleBufferPool())
+            logs = [kit.Log(steps, ring=ring, stream=stream, pool=pool) for stream in (None, user, user)]
+        for log in logs:
+            stack.callback(log.manager.close)
+        yield logs
+        for log in logs:
+            assert log.wrong() == []
+            log.manager.check()
+
+
+def write(logs, step, *, threads, steps, seed):
+    """Let `threads` writers do `steps` steps in all, each step on any of the logs."""
+    barrier = threading.Barrier(threads)
+
+    def work(writer):
+        random = np.random.default_rng([seed, writer])
+        barrier.wait()
+        for _ in range(steps // threads):
+            step(logs[random.integers(len(logs))], random, writer)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # threads then change places inside steps, too
+    try:
+        with ThreadPoolExecutor(threads) as workers:
+            list(workers.map(work, range(threads)))  # raises what a writer raised
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("streams", ["own", "user", "several, one pool"])
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_every_step_sees_its_own_inputs(lazy, ring, streams, threads):
+    with logs_on(streams, STEPS, ring) as logs:
+        write(logs, kit.Log.step, threads=threads, steps=STEPS, seed=lazy)
+    stats = [log.manager.stats() for log in logs]
+    assert sum(s.steps for s in stats) == STEPS
+    assert all(s.ring_waits > 0 for s in stats), "nothing was ever queued: the run was not lazy, and shows nothing"
+
+
+class Mixed:
+    """A step of any kind. What shuts others out has the lock meanwhile, and those who are shut out wait for it."""
+
+    KINDS = {"replay": 50, "stage": 10, "set_data": 10, "lease": 20, "discard": 4, "capture": 4, "capture_all": 2}
+    """Of a hundred steps."""
+
+    def __init__(self):
+        self.alone = threading.Lock()
+        self.done = dict.fromkeys(self.KINDS, 0)
+
+    def __call__(self, log, random, writer):
+        kind = str(random.choice(list(self.KINDS), p=[weight / 100 for weight in self.KINDS.values()]))
+        while True:
+            try:
+                getattr(self, kind)(log, random, writer)
+                self.done[kind] += 1  # by one thread at a time, or inexact, which will do
+                return
+            except BusyError:
+                with self.alone:
+                    pass
+
+    def replay(self, log, random, writer):
+        log.step(random, writer)
+
+    def stage(self, log, random, writer):
+        tokens = int(random.integers(0, kit.WIDTH + 1))
+        log.manager.stage_inputs({"ids": random.integers(0, 9, tokens)}, tokens)
+
+    def set_data(self, log, random, writer):
+        log.manager.get_slot("other").set_data(random.integers(0, 9, 3))
+
+    def lease(self, log, random, writer):
+        tokens = int(random.integers(0, kit.WIDTH + 1))
+        inputs = {slot: random.integers(0, 1 << 60, tokens) for slot in log.logs}
+        with self.alone, log.manager.stage(tokens) as lease:
+            for slot, data in inputs.items():
+                lease[slot][:] = data
+            if random.integers(4):
+                lease.replay()
+                log.expect(inputs, kit.bucket_of(tokens), writer)
+
+    def discard(self, log, random, writer):
+        with self.alone, log.manager.stage(3) as lease:
+            lease["ids"][:] = 77
+            lease.discard()
+
+    def capture(self, log, random, writer):
+        with self.alone, log.manager.capture(int(random.choice(kit.BUCKETS))) as step:
+            log(step)
+
+    def capture_all(self, log, random, writer):
+        with self.alone:
+            log.capture(writer)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_steps_of_every_kind_share_the_ring(lazy, ring, threads):
+    """Fills, leases, single slots and new captures, while graphs that they replace are queued."""
+    mixed = Mixed()
+    with logs_on("several, one pool", 600, ring) as logs:
+        write(logs, mixed, threads=threads, steps=400, seed=lazy)
+    assert all(mixed.done.values()), mixed.done
+
+
+def test_memory_goes_from_one_manager_to_another(lazy):
+    """Through a pool, whose blocks keep no work of their last user."""
     random = np.random.default_rng(lazy)
-    for _ in range(steps):
-        log.step(random)
-    assert log.wrong() == []
-    stats = log.manager.stats()
-    assert stats.steps == steps
-    assert stats.ring_waits > 0, "nothing was ever queued: the run was not lazy, and shows nothing"
-    log.manager.check()
-    log.manager.close()
+    with logs_on("several, one pool", 600, 2) as logs:
+        for _ in range(30):
+            leaving = [log for log in logs if random.integers(2)]
+            for log in leaving:
+                log.step(random)
+                log.manager.release_all()
+            for log in reversed(leaving):
+                log.capture()
+            for log in logs:
+                log.step(random)
 
 
 def test_a_wait_is_counted_only_where_the_ring_is_full(stub):
@@ -64,109 +193,12 @@ def test_a_wait_is_counted_only_where_the_ring_is_full(stub):
     log.manager.close()
 
 
-def test_a_wait_takes_no_more_than_one_block(lazy, stub):
+def test_a_wait_takes_no_more_than_one_block(lazy):
     """The host goes on as soon as the oldest fill is done; it does not drain the queue."""
-    log = kit.Log(200, ring=4)
     random = np.random.default_rng(lazy)
     still_queued = 0
-    for _ in range(200):
-        log.step(random)
-        still_queued += log.manager._ring.pending > 1
+    with logs_on("own", 200, 4) as [log]:
+        for _ in range(200):
+            log.step(random)
+            still_queued += log.manager._ring.pending > 1
     assert still_queued > 50
-    assert log.wrong() == []
-    log.manager.close()
-
-
-def test_fills_and_replays_and_leases_share_the_ring(lazy):
-    log = kit.Log(200, ring=2)
-    random = np.random.default_rng(lazy)
-    for turn in range(150):
-        if turn % 3 == 0:
-            log.manager.stage_inputs({"ids": random.integers(0, 9, 5)}, 5)
-        elif turn % 7 == 1:
-            tokens = int(random.integers(0, 17))
-            with log.manager.stage(tokens) as lease:
-                for slot in log.logs:
-                    lease[slot][:] = turn
-                lease.replay()
-            bucket = 4 if tokens <= 4 else 16 if tokens <= 16 else 32
-            row = np.concatenate([np.full(tokens, turn), np.full(bucket - tokens, -1), np.full(kit.WIDTH - bucket, -7)])
-            for slot in log.logs:
-                log.wanted[slot].append(row)
-        elif turn % 11 == 2:
-            log.manager.get_slot("other").set_data(np.arange(3))
-        else:
-            log.step(random)
-    assert log.wrong() == []
-    log.manager.check()
-    log.manager.close()
-
-
-def test_threads_in_lazy_mode(lazy):
-    """Four threads, one manager: steps are whole, in some order."""
-    threads, steps = 4, 40
-    log = kit.Log(threads * steps, ring=3)
-    barrier, failures = threading.Barrier(threads), []
-
-    def work(number):
-        random = np.random.default_rng(number)
-        try:
-            barrier.wait()
-            for step in range(steps):
-                tokens = int(random.integers(1, kit.WIDTH + 1))
-                value = number * 1000 + step
-                inputs = {slot: np.full(tokens, value) for slot in log.logs}
-                log.manager.replay(inputs, tokens)
-                for data in inputs.values():
-                    data[:] = -99
-        except BaseException as error:
-            failures.append(error)
-
-    running = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    assert not failures
-    found = [kit.to_host(array, log.manager.stream)[log.first :][: threads * steps] for array in log.logs.values()]
-    assert (found[0] == found[1]).all(), "a step is a mixture of two"
-    seen = set()
-    for row in found[0]:
-        live = row[row >= 0]
-        assert (live == live[0]).all() and (row[live.size :] < 0).all()
-        seen.add(int(live[0]))
-    assert len(seen) == threads * steps
-    log.manager.check()
-    log.manager.close()
-
-
-def test_recapture_while_the_old_graph_is_queued(lazy):
-    log = kit.Log(60, ring=4)
-    random = np.random.default_rng(lazy)
-    for _ in range(3):
-        for _ in range(10):
-            log.step(random)
-        log.manager.capture_buckets(log)
-        extra = int(kit.to_host(log.row, log.manager.stream)[0]) - log.first - len(log.wanted["ids"])
-        assert extra == len(kit.BUCKETS)
-        for slot in log.logs:  # the warm runs write rows too: all padding
-            log.wanted[slot] += [
-                np.concatenate([np.full(b, -1), np.full(kit.WIDTH - b, -7)]) for b in sorted(kit.BUCKETS)[::-1]
-            ]
-    assert log.wrong() == []
-    log.manager.close()
-
-
-def test_a_captured_graph_reads_what_its_operands_hold(lazy):
-    """A graph's operand dropped by the caller is not handed to the next allocation (see test_manager for the rest)."""
-    with InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8]) as manager:
-        weights = kit.to_device(np.array([3, 10]))
-        out = kit.to_device(np.zeros(8, np.int64))
-        manager.capture_buckets(lambda step, w=weights: kit.run(kit.affine, step.stream, step["input_ids"], w, out))
-        manager._function = None
-        del weights
-        kit.collect()
-        noise = [kit.to_device(np.full(2, 99)) for _ in range(20)]
-        manager.replay({"input_ids": np.arange(8)}, 8)
-        assert kit.to_host(out, manager.stream).tolist() == [10, 13, 16, 19, 22, 25, 28, 31]
-        del noise
