@@ -35,7 +35,7 @@ def lazy(request, stub):
 
 @functools.cache
 def user_stream():
-    """A Numba stream. Made once: Numba destroys one in whatever thread the collector finds it, with a context or not."""
+    """A Numba stream, made once: Numba destroys it in whatever thread the collector finds it, with a context or not."""
     return cuda.stream()
 
 
