@@ -10,7 +10,7 @@ class NumbabufError(Exception):
 
 
 class BackendError(NumbabufError, RuntimeError):
-    """No CUDA device can be used and the simulator was not chosen."""
+    """No CUDA device can be used and the simulator was not chosen, or another than the object's is current."""
 
 
 class ClosedError(NumbabufError, RuntimeError):

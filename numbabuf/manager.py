@@ -20,7 +20,7 @@ import numpy as np
 
 from . import _cuda, config, html
 from .arena import Arena
-from .errors import BusyError, CaptureError, ClosedError, GraphMissingError
+from .errors import BackendError, BusyError, CaptureError, ClosedError, GraphMissingError
 from .graph import CapturedStep, Recording, Step
 from .lease import Lease
 from .overflow import POLICIES, cut, warn
@@ -75,6 +75,8 @@ class InputBufferManager:
     are carved from one device allocation, all staging blocks from one pinned one.
     Threads: any thread may call any method; steps are serialised by one lock. Streams: everything is queued on
     `stream`; outputs are ready after `synchronize` or for work queued on it. Capture: steps are refused inside one.
+    Devices: a manager is on its stream's device. What is more than a replay (memory, captures, fills without a graph)
+    is refused while another device is current in the calling thread.
     Processes: after a fork the child's copy is closed; the parent's goes on.
 
     Examples
@@ -114,6 +116,7 @@ class InputBufferManager:
         self._stream = _cuda.as_stream(stream)
         self.stream = self._stream.numba
         self._core = self._stream.core
+        self._device = self._stream.device
         self._own_pool = pool is None
         self._pool: BufferPool = SimpleBufferPool() if pool is None else pool
         self._lock = threading.RLock()
@@ -280,6 +283,12 @@ class InputBufferManager:
         """Give the slots memory, and what an earlier arena held."""
         if _cuda.captures:
             raise CaptureError("the slots have no memory yet and a capture is open: run one step before capturing")
+        _cuda.one_device(self._device, self)
+        if self._pool.device not in (None, self._device):
+            raise BackendError(
+                f"{self!r} is on device {self._device} and its pool's memory on device {self._pool.device}: give each "
+                "device a pool of its own"
+            )
         self._limits, self._choices = settle(self._axes, self._static, self._bucket_lists, self.max_tokens)
         arena = Arena(self._pool, self._static, self._depth, self._stream, self._generation + 1, self._kept)
         self._arena, self._ring, self._generation = arena, arena.ring, arena.generation
@@ -306,6 +315,7 @@ class InputBufferManager:
 
     def _new_step(self, sizes: tuple[int, ...], stream: Any) -> CapturedStep:
         """A bucket's views and padded rows; what runs it is put in by whoever asks."""
+        _cuda.one_device(self._device, self)
         padded = tuple(min(slot.capacity, slot.rows(sizes)) for slot in self._static)
         step = Step(stream.numba, dict(zip(self._axes, sizes, strict=True)), self._arena.views(padded))
         return CapturedStep(step, sizes, padded, self._generation)
@@ -432,6 +442,7 @@ class InputBufferManager:
         """`InputSlot.set_data`: a fill in which every other slot has nothing to write."""
         with self._lock:
             self._ready()
+            _cuda.one_device(self._device, self)
             self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
             rows = len(data) if np.ndim(data) else 0
             padded = slot.capacity

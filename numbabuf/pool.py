@@ -33,6 +33,8 @@ class BufferPool(ABC):
     """What every pool offers. A pool is a context manager; leaving it closes it."""
 
     closed: bool
+    device: int | None = None
+    """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
 
     @abstractmethod
     def allocate(self, spec: BufferSpec, *, stream: Any = None) -> BufferEntry:
@@ -107,6 +109,8 @@ class SimpleBufferPool(BufferPool):
     Capture: while a graph is captured on the device, nothing is freed, queried or allocated; releases are put aside
     until the end of it, and an allocation that no idle buffer can serve raises CaptureError. Memory that a live graph
     reads or writes is not handed out again before the graph is closed, even if it is released.
+    Devices: all memory is on one device, the one that was current when the first of it was allocated. More is refused
+    (BackendError) while another device is current; idle memory, which is leased without a driver call, is not.
     Processes: after a fork the child's copy of the pool is closed, and neither frees nor reports anything.
 
     Examples
@@ -147,6 +151,11 @@ class SimpleBufferPool(BufferPool):
         self._ladder = Ladder(store, on_oom)
         self._hot = store.shelves.hot
         _pools.add(self)
+
+    @property
+    def device(self) -> int | None:  # type: ignore[override]
+        """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
+        return self._store.device
 
     @property
     def closed(self) -> bool:  # type: ignore[override]

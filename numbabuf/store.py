@@ -49,6 +49,8 @@ class Store:
         Why there are no leases any more; empty while there are.
     blocks : dict of Block to Alarm
         All there are.
+    device : int or None
+        What they are on: the device that was current when the first was made.
     counts : dict of str to int
         Of `stats.PoolStats`, what is counted here.
 
@@ -76,6 +78,7 @@ class Store:
         self.counts = dict.fromkeys(("class_hits", "misses", "lost", "freed"), 0)
         self.past_leases = self.past_bytes = 0  # of blocks that were freed
         self.peak_count = 0
+        self.device: int | None = None
         self._pending: dict[int, deque[Ticket]] = {}  # by the stream that released them, oldest left
         self._parked: list[Ticket] = []
         self._lost: deque[Alarm] = deque()  # those that went off
@@ -232,8 +235,8 @@ class Store:
 
         Raises
         ------
-        ClosedError, TierFullError
-            The pool is closed; the block does not fit the limit.
+        ClosedError, BackendError, TierFullError
+            The pool is closed; another device is current than that of its memory; the block does not fit the limit.
         Exception
             What the driver says.
         """
@@ -241,6 +244,7 @@ class Store:
         nbytes = size_class(exact)
         with self.lock:
             self.refuse_closed()
+            self.device = _cuda.one_device(self.device, self._owner())
             room = self.ledger.room(spec.tier)
             if room is not None and exact <= room < nbytes:
                 nbytes = exact  # rounding is not worth a refusal

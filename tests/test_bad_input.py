@@ -16,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from numbabuf import (
+    BackendError,
     BufferSpec,
     ClosedError,
     InputBufferManager,
@@ -26,6 +27,7 @@ from numbabuf import (
     TierFullError,
     _cuda,
 )
+from numbabuf._cuda import cuda
 from numbabuf.hierarchy import HierarchicalBufferPool
 
 CLEAR = (TypeError, ValueError, OverflowError, KeyError, NumbabufError)
@@ -566,3 +568,110 @@ def test_a_lease_may_be_ended_by_another_thread_and_only_once():
             held[:] = 9
         assert kit.contents(m)["input_ids"][:4].tolist() == [1, 2, 3, 0]
         m.check()
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A context in which another device is current, as far as numbabuf can tell: most machines have but one."""
+
+    @contextlib.contextmanager
+    def other_device():
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda, "device_id", lambda: 1)
+            yield
+
+    return other_device
+
+
+def hierarchy():
+    return HierarchicalBufferPool(device_bytes=4096, pinned_bytes=4096)
+
+
+@pytest.mark.parametrize("kind", [SimpleBufferPool, hierarchy])
+@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.PINNED])
+def test_a_pool_grows_on_no_other_device(kind, tier, elsewhere):
+    spec = BufferSpec(64, "uint8", tier)
+    with kind() as pool:
+        assert pool.device is None
+        pool.allocate(spec).release()
+        assert pool.device == 0
+        before = shelf(pool)
+        with elsewhere():
+            pool.allocate(spec).release()  # memory that is there already, of its own device
+            for call in (lambda: pool.allocate(BufferSpec(2000, "uint8", tier)), lambda: pool.reserve([spec, spec])):
+                with pytest.raises(BackendError, match="is on device 0, and device 1 is current in this thread"):
+                    call()
+        assert shelf(pool)[:5] == before[:5] and pool.device == 0
+        pool.reserve([spec, spec])
+
+
+def test_a_manager_does_on_no_other_device_what_a_stream_cannot_carry(elsewhere):
+    with InputBufferManager(max_batch_size=1, max_seq_len=16, buckets=[4, 8, 16]) as m:
+        with elsewhere(), pytest.raises(BackendError, match="device 1 is current"):
+            m.stage_inputs({"input_ids": [1]}, 1)
+        assert m._pool.stats().allocations == 0
+        m.stage_inputs({"input_ids": [1]}, 1)
+        m.capture_buckets(lambda step: step.bucket, [4])
+        before = kit.contents(m), m.stats(), m._ring.step
+
+        def capture():
+            with m.capture(8):
+                raise AssertionError("the capture was begun")
+
+        refused = {
+            "a bucket's first fill": lambda: m.stage_inputs({}, 5),
+            "set_data": lambda: m.get_slot("positions").set_data([3]),
+            "capture": capture, "capture_buckets": lambda: m.capture_buckets(lambda step: None, [16]),
+        }  # fmt: skip
+        with elsewhere():
+            for name, call in refused.items():
+                with pytest.raises(BackendError, match="device 1 is current"):
+                    call()
+                after = kit.contents(m), m.stats(), m._ring.step
+                assert before[1:] == after[1:], name
+                assert all((before[0][slot] == after[0][slot]).all() for slot in before[0]), name
+            assert m.replay({"input_ids": [7, 8]}, 2) == {"tokens": 4}  # one launch, on the manager's stream
+        assert kit.contents(m)["input_ids"][:4].tolist() == [7, 8, 0, 0]
+        for name in ("a bucket's first fill", "set_data", "capture_buckets"):
+            refused[name]()
+        m.check()
+
+
+def test_a_manager_takes_no_pool_of_another_device(elsewhere):
+    with SimpleBufferPool() as pool:
+        with elsewhere():
+            pool.reserve([BufferSpec(64, "uint8")])
+        with InputBufferManager(pool, max_batch_size=1, max_seq_len=8) as m:
+            with pytest.raises(BackendError, match="on device 0 and its pool's memory on device 1"):
+                m.stage_inputs({}, 0)
+            assert pool.stats().in_use_count == 0
+
+
+@pytest.mark.real
+def test_objects_of_two_devices_side_by_side():
+    if len(cuda.gpus) < 2:
+        pytest.skip("needs two devices")
+    with cuda.gpus[1]:
+        stream = cuda.stream()
+        second = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8])
+    with cuda.gpus[0]:
+        first = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8])
+        third = InputBufferManager(first._pool, max_batch_size=1, max_seq_len=8, buckets=[8], stream=stream)
+        first.stage_inputs({"input_ids": [1]}, 1)
+        with pytest.raises(BackendError, match="is on device 1, and device 0 is current"):
+            second.stage_inputs({}, 0)
+    with cuda.gpus[1]:
+        second.stage_inputs({"input_ids": [2]}, 1)
+        with pytest.raises(BackendError, match="pool's memory on device 0"):
+            third.stage_inputs({}, 0)
+        with pytest.raises(BackendError, match="is on device 0, and device 1 is current"):
+            first.get_slot("input_ids").set_data([3])
+    for number, manager in enumerate((first, second)):
+        with cuda.gpus[number]:
+            assert kit.contents(manager)["input_ids"].tolist() == [number + 1] + [0] * 7
+            manager.check()
+            manager.close()
+    third.close()

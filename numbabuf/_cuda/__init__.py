@@ -63,6 +63,7 @@ __all__ = [
     "launch",
     "launch_shape",
     "memory_info",
+    "one_device",
     "require",
     "settle_on_host",
     "synchronize",
@@ -122,6 +123,27 @@ def device_name() -> str:
     """Return the name of this thread's device, "simulator" in the simulator."""
     require()
     return _impl.device_name()
+
+
+def one_device(device: int | None, owner: Any) -> int:
+    """Return the ordinal of this thread's device, which must be `device`, that of `owner`, where one is given.
+
+    Raises
+    ------
+    BackendError
+        Another device is current: what `owner` would make now could not be used with what it has.
+
+    Notes
+    -----
+    Cost: a driver call, about 5 us; not for a hot path.
+    """
+    current = device_id()
+    if device is not None and current != device:
+        raise BackendError(
+            f"{owner!r} is on device {device}, and device {current} is current in this thread: enter "
+            f"`with cuda.gpus[{device}]:` (numba.cuda) first, or make one for each device"
+        )
+    return current
 
 
 # ---------------------------------------------------------------------------------------------------------- memory

@@ -174,6 +174,11 @@ class Stream:
         return 0, self.handle
 
     @property
+    def device(self) -> int:
+        """The ordinal of the device that runs the stream's work."""
+        return int(self.core.device.device_id)
+
+    @property
     def closed(self) -> bool:
         """Whether the stream was closed through cuda.core; the driver may have given its handle to another by now."""
         return int(self.core.handle) != self.handle

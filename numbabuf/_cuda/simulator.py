@@ -108,6 +108,11 @@ class Stream:
         self.handle = id(numba)
         self.closed = False
 
+    @property
+    def device(self) -> int:
+        """The simulator's only device."""
+        return 0
+
     def synchronize(self) -> None:
         """All work is already done."""
 
