@@ -5,7 +5,7 @@ VENV ?= .venv
 CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\)\..*/cu\1/p')
 CHOICE := $(if $(CUDA),,NUMBA_ENABLE_CUDASIM=1)
 
-.PHONY: help demo test lint sass bench docs gpu ci
+.PHONY: help demo test lint sass bench plots docs gpu wheels ci
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile | expand -t 16
@@ -39,8 +39,20 @@ docs:  ## a page per module under build/docs
 bench:  ## every benchmark, on whatever backend is there
 	$(PYTHON) -m benchmarks all
 
-gpu:  ## the suite, the sanitizers and every benchmark on a GPU, into benchmarks/results
+plots:  ## pictures of the committed results, into build/plots
+	$(PYTHON) -m benchmarks plot --out build/plots benchmarks/results/host.json benchmarks/results/pool.json
+
+gpu:  ## the suite, the sanitizers and the benchmarks on a GPU, into benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh
+
+# For a GPU machine without a network: carry the folder there, then WHEELS=build/wheels benchmarks/gpu.sh. Name in WANTED
+# what is missing there, the needs of each package too; TAGS says for which Python and system.
+WANTED = numba-cuda cuda-core cuda-bindings cuda-pathfinder numba llvmlite 'numpy<2.5' pytest pluggy iniconfig \
+	hypothesis sortedcontainers ml_dtypes
+TAGS = --python-version 3.12 --implementation cp $(foreach n,2_17 2_24 2_27 2_28 2_34,--platform manylinux_$(n)_x86_64) \
+	--platform manylinux2014_x86_64
+wheels:  ## wheels for a GPU machine without a network, into build/wheels; WANTED="'numpy<2.5' ..." for others
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: $(TAGS) -d build/wheels $(WANTED)
 
 ci:  ## what CI runs
 	.ci/run

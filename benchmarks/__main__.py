@@ -1,4 +1,4 @@
-"""Run benchmarks by name; the names are the modules of this package."""
+"""Run benchmarks by name, or `plot` what was measured; the names are the modules of this package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Measure numbabuf and what it competes with.",
-        epilog=f"benchmarks:\n{listing}",
+        epilog=f"benchmarks:\n{listing}\n\npictures of results: python -m benchmarks plot RESULTS.json... (see --help)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="+", choices=[*names(), "all"], metavar="NAME", help="or all of them")
@@ -61,8 +61,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _plot(argv: Sequence[str]) -> int:
+    """Draw pictures of result files, one for each benchmark that has one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks plot", description="Draw results; needs matplotlib.")
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS.json", help="what --json wrote")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; default: beside each file")
+    parser.add_argument("--format", choices=["svg", "png"], default="svg", help="default: svg")
+    arguments = parser.parse_args(argv)
+    from . import _plots
+
+    try:
+        for file in arguments.results:
+            for picture in _plots.draw(file, arguments.out or file.parent, arguments.format):
+                print(picture)
+    except (ImportError, OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks asked for; returns 1 if one of them failed, after running the others."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["plot"]:
+        return _plot(argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     chosen = names() if "all" in arguments.name else list(dict.fromkeys(arguments.name))
@@ -71,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = harness.environment()
     print(harness.describe(found), flush=True)
     results: dict[str, Any] = {}
-    failed = []
+    failed: list[str] = []
+    document = {"environment": found, "smoke": arguments.smoke, "results": results, "failed": failed}
     for name in chosen:
         benchmark = importlib.import_module(f"benchmarks.{name}")
         print(f"\n{name}: {_first_line(name)}", flush=True)
@@ -83,9 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             failed.append(name)
         print(f"({time.perf_counter() - start:.1f} s)", flush=True)
-    if arguments.json:
-        document = {"environment": found, "smoke": arguments.smoke, "results": results}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        if arguments.json:  # after each of them: a run that is ended early keeps what it has
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

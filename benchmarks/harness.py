@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -20,8 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from numbabuf import _cuda
+
 COLUMNS = ("what", "median_us", "p99_us", "spread_us", "repeats", "ends_in")
-PACKAGES = ("numba", "numba-cuda", "cuda-core", "cuda-bindings", "numpy")
+PACKAGES = (
+    "numba", "numba-cuda", "cuda-core", "cuda-bindings", "numpy", "torch", "cupy-cuda13x", "cupy-cuda12x", "rmm-cu13",
+    "rmm-cu12",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ def measure(
     warmup: int = 20,
     inner: int = 1,
     finish: Callable[[], object] | None = None,
+    settle: Callable[[], object] | None = None,
+    seconds: float = math.inf,
 ) -> Timing:
     """Time `call` on the host.
 
@@ -58,6 +66,11 @@ def measure(
     finish
         Called at the end of each sample, inside the time, to wait for the work that `call` queued. Without it
         the figure is the time until `call` returns.
+    settle
+        Called before each sample, outside the time, to wait for the work of earlier ones: a device that is behind
+        makes the host wait, and what a call costs the host is then the device's time.
+    seconds
+        No further sample is begun when so much time has passed, but five are taken whatever they cost.
 
     Returns
     -------
@@ -75,36 +88,64 @@ def measure(
     clock = time.perf_counter_ns
     collecting = gc.isenabled()
     gc.disable()
+    deadline = time.perf_counter() + seconds
+    taken = 0
     try:
         for index in range(repeats):
+            if index >= 5 and time.perf_counter() > deadline:
+                break
+            if settle is not None:
+                settle()
             start = clock()
             for _ in range(inner):
                 call()
             if finish is not None:
                 finish()
             samples_us[index] = (clock() - start) / inner / 1e3
+            taken += 1
     finally:
         if collecting:
             gc.enable()
-    return summarise(samples_us, "return" if finish is None else "synchronise")
+    return summarise(samples_us[:taken], "return" if finish is None else "synchronise")
 
 
 def measure_device(call: Callable[[], object], stream: Any, *, repeats: int = 100, inner: int = 20) -> Timing:
-    """Time `call`'s work on a GPU, by events on its Numba stream around `inner` calls: microseconds per call.
+    """Time the GPU's part of `call`, which queues work on a `_cuda.Stream`: microseconds per call.
 
-    The figure is the GPU's only where the host queues faster than the GPU works; where it does not, it is the host's.
+    `inner` calls are captured into one graph and events recorded around its launch, so that nothing of the host is in
+    the figure however small the work. The simulator has no events: there, it is the host's time of a launch.
     """
+    call()  # compiles and loads, which no capture may do
+    stream.synchronize()
+    capture = _cuda.Capture(stream)
+    capture.begin()
+    try:
+        for _ in range(inner):
+            call()
+    except BaseException:
+        capture.abort()
+        raise
+    graph = capture.end()
+    try:
+        return measure_events(lambda: graph.launch_on(stream.core), stream.numba, repeats=repeats, inner=inner)
+    finally:
+        stream.synchronize()
+        graph.close()
+
+
+def measure_events(launch: Callable[[], object], stream: Any, *, repeats: int = 100, inner: int = 1) -> Timing:
+    """Time the work that `launch` queues on a Numba stream by events around it, in microseconds per `inner`th of it."""
+    if _cuda.SIM:
+        return measure(launch, repeats=repeats, warmup=1)
     from numbabuf._cuda import cuda
 
     begin, end = cuda.event(), cuda.event()
-    for _ in range(inner):
-        call()
+    launch()
     stream.synchronize()
     samples_us = np.empty(repeats)
     for index in range(repeats):
         begin.record(stream)
-        for _ in range(inner):
-            call()
+        launch()
         end.record(stream)
         end.synchronize()
         samples_us[index] = cuda.event_elapsed_time(begin, end) * 1e3 / inner
@@ -113,8 +154,6 @@ def measure_device(call: Callable[[], object], stream: Any, *, repeats: int = 10
 
 def stand_in() -> Any:
     """The stand-in driver's controls, None on a GPU and in the simulator."""
-    from numbabuf import _cuda
-
     if _cuda.SIM:
         return None
     try:
@@ -126,8 +165,6 @@ def stand_in() -> Any:
 
 def on_gpu() -> bool:
     """Whether a real driver runs the kernels."""
-    from numbabuf import _cuda
-
     return not _cuda.SIM and stand_in() is None
 
 
@@ -142,6 +179,11 @@ def kernels_skipped(stub: Any) -> Iterator[None]:
         if stub is not None:
             stub.set_exec(1)
             stub.clear_errors()
+
+
+def host_options() -> dict[str, Any]:
+    """Return options of `measure` for what a step costs the host: on a GPU as few at once as a ring has blocks."""
+    return {"inner": 4, "settle": _cuda.synchronize} if on_gpu() else {"inner": 1 if _cuda.SIM else 20}
 
 
 def step_of(manager: Any, call: str, inputs: Any, tokens: int, stub: Any) -> Callable[[], object]:
@@ -198,7 +240,6 @@ def _cell(value: Any) -> str:
 def environment() -> dict[str, Any]:
     """Device, driver and versions: what a figure is worth nothing without."""
     import numbabuf
-    from numbabuf import _cuda
 
     found: dict[str, Any] = {"backend": _cuda.backend(), "device": None, "driver": None}
     try:
@@ -217,8 +258,6 @@ def environment() -> dict[str, Any]:
 
 def _driver() -> str | None:
     """Version of the CUDA driver; says so where it is the stand-in, which runs kernels on the CPU."""
-    from numbabuf import _cuda
-
     if _cuda.SIM:
         return None
     from numba.cuda.cudadrv.driver import driver

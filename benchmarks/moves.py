@@ -1,13 +1,16 @@
-"""Moves between pinned and device memory: one batch by our kernel, by the copy engine, and by a loop of copies.
+"""Moves between pinned and device memory: one batch by our kernel, by the copy engine, and by other libraries' copies.
 
-On a GPU: bandwidth of single large copies and of 1,000 small ones, up, down and within the device, with the number of
-thread blocks swept. Anywhere: what planning and queueing a batch cost the host. In the simulator and on the stand-in
-driver times say nothing of a GPU, so there only the host's part of few and small batches is shown.
+On a GPU: single large copies and 1,000 small ones, up, down and within the device, the number of thread blocks swept.
+Times end in a synchronise and hold what the host needs to plan and queue (`queue_us` alone); beside them the time
+predicted from the bytes and the bandwidth of the device's own copies, measured in the same run. Anywhere: what planning
+and queueing a batch cost the host. Without a GPU only few and small batches are moved, and times say nothing of a bus.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,7 +20,7 @@ from numbabuf.memory import Block
 from numbabuf.moves import BLOCKS, Move, Mover, plan
 from numbabuf.spec import BufferSpec, Tier
 
-from . import harness
+from . import _machine, _rivals, harness
 
 DIRECTIONS = {
     "up": (Tier.PINNED, Tier.DEVICE),
@@ -27,9 +30,8 @@ DIRECTIONS = {
 COUNTS = (4, 8, 16, 32, 64, 128)
 LARGE, SMALL = (1 << 20, 16 << 20, 256 << 20), (4 << 10, 16 << 10, 64 << 10)
 
-
-def _on_gpu() -> bool:
-    return not _cuda.SIM and "stand-in" not in str(harness.environment()["driver"])
+Way = tuple[str, int | None, Callable[[], Callable[[], object]], Callable[[], object]]
+"""What it is called, thread blocks where it has any, what makes that which queues the batch, what waits for it."""
 
 
 def _moves(direction: str, nbytes: int, count: int) -> list[Move]:
@@ -37,8 +39,8 @@ def _moves(direction: str, nbytes: int, count: int) -> list[Move]:
     return [Move(Block(source, nbytes), Block(target, nbytes), nbytes) for _ in range(count)]
 
 
-def _loop(mover: Mover, moves: Sequence[Move]) -> Callable[[], object]:
-    """The loop of Numba copies that a batch replaces; views are made once, which favours it."""
+def _engine(mover: Mover, moves: Sequence[Move]) -> Callable[[], object]:
+    """The copy engine, a call for each; views are made once, which favours it."""
     pairs = [
         tuple(_cuda.device_view(b.base, 0, (move.nbytes,), np.dtype(np.uint8)) for b in (move.target, move.source))
         for move in moves
@@ -51,82 +53,117 @@ def _loop(mover: Mover, moves: Sequence[Move]) -> Callable[[], object]:
     return run
 
 
-def _batch_of_the_driver(mover: Mover, moves: Sequence[Move]) -> Callable[[], object] | None:
-    """cuMemcpyBatchAsync over the same copies, None where the driver or its bindings do not have it."""
-    try:
-        from cuda.bindings import driver
+def _batch_of_the_driver(mover: Mover, moves: Sequence[Move]) -> Callable[[], object]:
+    """cuMemcpyBatchAsync over the same copies; raises, here or when run, where driver or bindings do not have it."""
+    from cuda.bindings import driver
 
-        targets = [driver.CUdeviceptr(move.target.address) for move in moves]
-        sources = [driver.CUdeviceptr(move.source.address) for move in moves]
-        sizes = [move.nbytes for move in moves]
-        attributes = driver.CUmemcpyAttributes()
-        attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+    targets = [driver.CUdeviceptr(move.target.address) for move in moves]
+    sources = [driver.CUdeviceptr(move.source.address) for move in moves]
+    sizes = [move.nbytes for move in moves]
+    attributes = driver.CUmemcpyAttributes()
+    attributes.srcAccessOrder = driver.CUmemcpySrcAccessOrder.CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
-        def run() -> None:
-            (status,) = driver.cuMemcpyBatchAsync(
-                targets, sources, sizes, len(sizes), [attributes], [0], 1, mover.stream.handle
-            )
-            if status != driver.CUresult.CUDA_SUCCESS:
-                raise RuntimeError(str(status))
+    def run() -> None:
+        (status,) = driver.cuMemcpyBatchAsync(
+            targets, sources, sizes, len(sizes), [attributes], [0], 1, mover.stream.handle
+        )
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(str(status))
 
-        run()
-        mover.synchronize()
-        return run
-    except (ImportError, AttributeError, RuntimeError):  # no driver, old bindings or an old driver: one row less
-        return None
+    return run
+
+
+def _copies(rival: Any, direction: str, nbytes: int, count: int) -> Callable[[], object]:
+    """A copy for each, in another library, between memory of its own."""
+    make = {Tier.PINNED: rival.pinned, Tier.DEVICE: rival.device}
+    source, target = (make[tier] for tier in DIRECTIONS[direction])
+    pairs = [(target(nbytes // 8), source(nbytes // 8)) for _ in range(count)]
+
+    def run() -> None:
+        with rival.using():
+            for to, origin in pairs:
+                rival.copy(to, origin)
+
+    return run
+
+
+def _ways(direction: str, nbytes: int, count: int, counts: Sequence[int], rivals: list[Any]) -> list[Way]:
+    moves = _moves(direction, nbytes, count)
+    ways: list[Way] = []
+    for blocks in counts:
+        mover = Mover(blocks=blocks)
+        ours = functools.partial(functools.partial, mover.run, moves)
+        ways.append(("numbabuf: kernel", blocks, ours, mover.synchronize))
+    mover = Mover()
+    ways.append(("copy engine", None, functools.partial(_engine, mover, moves), mover.synchronize))
+    if count > 1:
+        batch = functools.partial(_batch_of_the_driver, mover, moves)
+        ways.append(("cuMemcpyBatchAsync", None, batch, mover.synchronize))
+    for rival in rivals:
+        theirs = functools.partial(_copies, rival, direction, nbytes, count)
+        ways.append((f"{rival.name}: copies", None, theirs, rival.synchronize))
+    return ways
 
 
 def _rows(
-    direction: str, nbytes: int, count: int, counts: Sequence[int], repeats: int, gpu: bool
+    direction: str, nbytes: int, count: int, ways: list[Way], machine: _machine.Machine, repeats: int
 ) -> list[dict[str, Any]]:
-    moves = _moves(direction, nbytes, count)
     total = nbytes * count
-    ways: list[tuple[str, int | None, Mover, Callable[[], object] | None]] = []
-    for blocks in counts:
-        mover = Mover(blocks=blocks)
-        ways.append(("kernel", blocks, mover, lambda mover=mover: mover.run(moves)))  # type: ignore[misc]
-    mover = Mover(engine_bytes=1)
-    ways.append(("loop of copies" if count > 1 else "copy engine", None, mover, _loop(mover, moves)))
-    if count > 1:
-        ways.append(("cuMemcpyBatchAsync", None, mover, _batch_of_the_driver(mover, moves)))
+    bus = {"up": {"up": total, "device": total}, "down": {"down": total, "device": total}}
+    predicted_us = machine.predict_us(**bus.get(direction, {"device": 2 * total}))
     rows: list[dict[str, Any]] = []
-    for what, blocks_used, mover, call in ways:
-        name = f"{direction}, {count} x {nbytes} B: {what}"
-        if call is None:
-            rows.append({"what": name, "note": "not offered by this driver"})
-            continue
-        timing = harness.measure(call, repeats=repeats, warmup=3, finish=mover.synchronize)
-        queueing = harness.measure(call, repeats=repeats, warmup=0)
-        mover.synchronize()
-        rows.append(harness.row(name, timing, blocks=blocks_used, queue_us=queueing.median_us))
-        if gpu:
-            rows[-1]["GB_per_s"] = total / timing.median_us / 1e3
+    for way, blocks, make, finish in ways:
+        what = f"{direction}, {count} x {nbytes} B, {way}"
+        with _rivals.noted(rows, what):
+            call = make()
+            timing = harness.measure(call, repeats=repeats, warmup=2, finish=finish, seconds=0.5)
+            queueing = harness.measure(call, repeats=repeats, warmup=0, settle=finish, seconds=0.5)
+            finish()
+            rows.append(
+                harness.row(
+                    what,
+                    timing,
+                    direction=direction,
+                    nbytes=nbytes,
+                    count=count,
+                    way=way,
+                    blocks=blocks,
+                    queue_us=queueing.median_us,
+                    GB_per_s=total / timing.median_us / 1e3,
+                    predicted_us=predicted_us,
+                    to_predicted=timing.median_us / predicted_us,
+                )  # fmt: skip
+            )
     return rows
 
 
 def run(smoke: bool, *, repeats: int | None = None) -> dict[str, Any]:
     """Time every way of moving; `repeats` samples of each."""
-    gpu = _on_gpu()
-    repeats = repeats or (2 if smoke else 50 if gpu else 10)
+    gpu = harness.on_gpu()
+    repeats = repeats or (2 if smoke else 30 if gpu else 10)
     large, small, many = (LARGE, SMALL, 1000) if gpu and not smoke else ((4096,), (256,), 20)
     counts = COUNTS if gpu and not smoke else (BLOCKS,)
-    rows = []
+    machine = _machine.measure(smoke)
+    rivals, rows = _rivals.found()
     for direction in DIRECTIONS:
-        for nbytes in large:
-            rows += _rows(direction, nbytes, 1, counts, repeats, gpu)
-        for nbytes in small:
-            rows += _rows(direction, nbytes, many, counts, repeats, gpu)
+        for nbytes, count in [(nbytes, 1) for nbytes in large] + [(nbytes, many) for nbytes in small]:
+            ways = _ways(direction, nbytes, count, counts, rivals)
+            rows += _rows(direction, nbytes, count, ways, machine, repeats)
     planning = []
     for count in (1, 100, 1000):
         copies = [(i << 20, (1 << 45) + (i << 20), 4096) for i in range(count)]
         timing = harness.measure(lambda copies=copies: plan(copies), repeats=10 * repeats)  # type: ignore[misc]
         planning.append(harness.row(f"plan of {count} copies", timing))
-    return {"gpu": gpu, "rows": rows, "planning": planning}
+    return {"gpu": gpu, "machine": asdict(machine), "rows": rows, "planning": planning}
+
+
+COLUMNS = (*harness.COLUMNS[:-1], "blocks", "queue_us", "GB_per_s", "predicted_us", "to_predicted", "note")
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text; without a GPU they are about the host alone."""
-    note = (
-        "" if result["gpu"] else "no GPU: these times are an interpreter's and the host's, and say nothing of a bus\n"
+    note = "" if result["gpu"] else "no GPU: times of an interpreter and the host, which say nothing of a bus\n"
+    return (
+        f"{note}{_machine.describe(result['machine'])}\n{harness.render(result['rows'], COLUMNS)}\n\n"
+        f"{harness.render(result['planning'])}"
     )
-    return note + harness.render(result["rows"]) + "\n\n" + harness.render(result["planning"])

@@ -1,8 +1,10 @@
-"""What a lease from the pool costs on the host: against CuPy's pinned pool, from many threads, with many idle buffers.
+"""What a lease from the pool costs on the host: against other pools, from many threads, with many idle buffers.
 
-A lease is one allocate and one release of pinned memory that the pool has idle. Both pools get their memory from a
-stand-in allocator, so that neither calls a driver and no device is needed. The competitors take turns within each
-repeat, so that what else the machine does falls on all of them. Times are of the process's CPU, all threads together.
+A lease is one allocate and one release of memory that the pool has idle. CuPy's pinned pool, RMM's pool and ours get
+theirs from a stand-in allocator, so that none calls a driver and no device is needed. The competitors take turns within
+each repeat, so that what else the machine does falls on all of them. Times are of the process's CPU, all threads
+together. Where there is a driver, a last group leases real device and pinned memory, by the clock on the wall: from
+Numba without a pool, and from the pools of CuPy, RMM and torch.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from unittest import mock
 import numpy as np
 
 from numbabuf import _cuda
+from numbabuf._cuda import cuda
 from numbabuf.pool import SimpleBufferPool
 from numbabuf.spec import BufferSpec, Tier
 
-from . import harness
+from . import _rivals, harness
 
 Loop = Callable[[int], None]
 """Makes the given number of leases, one after the other."""
@@ -105,6 +108,25 @@ class _Cupy:
         return cycle
 
 
+def _rmm(nbytes: int) -> Loop:
+    """Leases from RMM's pool over a callback that calls no driver; raises where RMM is not installed."""
+    from rmm import mr
+
+    pointers = itertools.count(1)
+    upstream = mr.CallbackMemoryResource(lambda size, stream: next(pointers) << 30, lambda pointer, size, stream: None)
+    pool = mr.PoolMemoryResource(upstream, initial_pool_size=1 << 26, maximum_pool_size=1 << 28)
+    return _allocate_deallocate(pool, nbytes)
+
+
+def _allocate_deallocate(resource: Any, nbytes: int) -> Loop:
+    def loop(count: int) -> None:
+        allocate, deallocate = resource.allocate, resource.deallocate
+        for _ in range(count):
+            deallocate(allocate(nbytes), nbytes)
+
+    return loop
+
+
 def _threaded(loops: list[Loop]) -> Loop:
     """All loops at once, each in a thread of its own, sharing the leases between them."""
 
@@ -161,6 +183,10 @@ def _leases(cupy: _Cupy | None, threads: int, specs: list[BufferSpec], inner: in
     if cupy is not None:
         part = cupy.loop(cupy.pool(), [spec.size_bytes for spec in specs])
         loops["CuPy"] = _threaded([part] * threads) if threads > 1 else part
+    if len(specs) == 1:
+        with contextlib.suppress(Exception):  # not installed, or a version without the callback: no row
+            part = _rmm(specs[0].size_bytes)
+            loops["RMM"] = _threaded([part] * threads) if threads > 1 else part
     return _compare(loops, inner=inner, repeats=repeats, case="lease", threads=threads, specs=len(specs))
 
 
@@ -227,6 +253,67 @@ def _prices(inner: int, repeats: int) -> list[Any]:
         return _compare(loops, inner=inner, repeats=repeats, case="price")
 
 
+def _makers(nbytes: int) -> dict[tuple[str, str], Callable[[], Callable[[], object]]]:
+    """(memory, whose) -> what makes a function that leases and returns `nbytes` once."""
+
+    def ours(tier: Tier, ordered: bool) -> Callable[[], object]:
+        pool, spec = SimpleBufferPool(), BufferSpec(nbytes, "uint8", tier)
+        if ordered:
+            stream = _cuda.as_stream(None)
+            return lambda: pool.allocate(spec, stream=stream).release()
+        return lambda: pool.allocate(spec).release()
+
+    def cupy(kind: str) -> Callable[[], object]:
+        import cupy
+
+        pool = getattr(cupy.cuda, kind)()
+        return lambda: pool.malloc(nbytes)
+
+    def rmm(kind: str) -> Callable[[], object]:
+        from rmm import mr
+
+        pool = mr.PoolMemoryResource(getattr(mr, kind)(), initial_pool_size=1 << 26)
+        return lambda: pool.deallocate(pool.allocate(nbytes), nbytes)
+
+    def torch(**options: Any) -> Callable[[], object]:
+        import torch
+
+        return lambda: torch.empty(nbytes, dtype=torch.uint8, **options)
+
+    def torch_raw() -> Callable[[], object]:
+        from torch import cuda as torch_cuda
+
+        return lambda: torch_cuda.caching_allocator_delete(torch_cuda.caching_allocator_alloc(nbytes))
+
+    return {
+        ("device", "numbabuf"): lambda: ours(Tier.DEVICE, False),
+        ("device", "numbabuf, stream=s"): lambda: ours(Tier.DEVICE, True),
+        ("device", "Numba, no pool"): lambda: lambda: cuda.device_array(nbytes, np.uint8),
+        ("device", "CuPy: MemoryPool"): lambda: cupy("MemoryPool"),
+        ("device", "RMM: PoolMemoryResource"): lambda: rmm("CudaMemoryResource"),
+        ("device", "torch: empty"): lambda: torch(device="cuda"),
+        ("device", "torch: caching_allocator_alloc"): torch_raw,
+        ("pinned", "numbabuf"): lambda: ours(Tier.PINNED, False),
+        ("pinned", "Numba, no pool"): lambda: lambda: cuda.pinned_array(nbytes, np.uint8),
+        ("pinned", "CuPy: PinnedMemoryPool"): lambda: cupy("PinnedMemoryPool"),
+        ("pinned", "RMM: PoolMemoryResource"): lambda: rmm("PinnedHostMemoryResource"),
+        ("pinned", "torch: empty"): lambda: torch(pin_memory=True),
+    }
+
+
+def _with_a_driver(nbytes: int, inner: int, repeats: int) -> list[Any]:
+    """Leases of real memory; `to_numbabuf` is how often a lease of ours fits into one of theirs."""
+    rows: list[dict[str, Any]] = []
+    first: dict[str, float] = {}
+    for (memory, whose), make in _makers(nbytes).items():
+        case = f"{memory}, {nbytes} B"
+        with _rivals.noted(rows, whose, "skipped", case=case):  # not installed, no GPU, or a driver that it cannot use
+            timing = harness.measure(make(), repeats=repeats, inner=inner, seconds=1)
+            ours = first.setdefault(memory, timing.median_us)
+            rows.append(harness.row(whose, timing, case=case, to_numbabuf=timing.median_us / ours))
+    return rows
+
+
 def run(smoke: bool, *, repeats: int | None = None, inner: int | None = None) -> dict[str, Any]:
     """Time all cases.
 
@@ -254,7 +341,11 @@ def run(smoke: bool, *, repeats: int | None = None, inner: int | None = None) ->
         for idle in (1, 100) if smoke else (1, 100, 10_000, 100_000):
             rows += _growth(cupy, idle, inner, max(3, repeats // 2))
         rows += _prices(max(1, inner // 4), max(3, repeats // 2))
-    result: dict[str, Any] = {"rows": rows, "time": "CPU of the process, all threads"}
+    if not _cuda.SIM:
+        _cuda.require()
+        for nbytes in (NBYTES, 1 << 20):
+            rows += _with_a_driver(nbytes, min(inner, 100), repeats)
+    result: dict[str, Any] = {"rows": rows, "time": "CPU of the process, all threads; with a driver, the wall's"}
     if cupy is not None:
         result["cupy"] = cupy.version
     if note:
@@ -264,6 +355,9 @@ def run(smoke: bool, *, repeats: int | None = None, inner: int | None = None) ->
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
-    columns = ("case", "what", "threads", "specs", "idle", "median_us", "p99_us", "spread_us", "repeats", "to_cupy")
+    columns = (
+        "case", "what", "threads", "specs", "idle", "median_us", "p99_us", "spread_us", "repeats", "to_cupy",
+        "to_numbabuf", "note",
+    )  # fmt: skip
     text = harness.render(result["rows"], columns)
     return f"{text}\n{result['note']}" if "note" in result else text

@@ -1,8 +1,10 @@
 """Host time of one step: 8 inputs of 1 to 4,096 tokens into fixed device arrays, and the work that reads them.
 
-Numba's idiom (a `copy_to_device` per input, then the launches), the same with pinned staging arrays, torch's and CuPy's
-graphs behind copies from pinned memory, numbabuf's fill alone and its replay, all in one process. `end_to_end_us` ends
-in a synchronise; where it is empty nothing runs. On the stand-in driver kernels are accepted and skipped, so that the
+Numba's idiom (a `copy_to_device` per input, then the launches), the same with pinned staging arrays, graphs of Numba,
+torch and CuPy with copies from pinned memory before or in them, numbabuf's fill alone and its replay, in one process.
+The others' graphs do not guard the pinned arrays, which the next step overwrites whether they were read or not; ours
+does. On a GPU at most four steps are queued at a time, and waited for outside the time; `end_to_end_us` ends in a
+synchronise, and is empty where nothing runs: on the stand-in driver kernels are accepted and skipped, so that the
 figures are what Python and the bindings cost the host; a real driver adds its own time to every row's driver calls.
 With nobody to read the staging blocks there, the benchmark marks them read itself, inside the time of numbabuf's rows.
 """
@@ -19,7 +21,7 @@ import numpy as np
 from numbabuf import BufferSpec, InputBufferManager, _cuda
 from numbabuf._cuda import cuda
 
-from . import harness
+from . import _rivals, harness
 
 SLOTS, TOKENS, KERNELS = 8, 256, 4
 SIZES = (TOKENS, 1, 64, 4096)
@@ -41,73 +43,43 @@ def _count(stub: Any, call: Callable[[], object]) -> int | None:
     return int(sum(stub.counts().values()))
 
 
-def _torch_graph(names: list[str], inputs: dict[str, Any], tokens: int, kernels: int) -> Callable[[], object]:
-    """A step of torch: pinned tensors, a non-blocking `copy_` each, one graph replay."""
-    import torch
+def _theirs(rival: Any, inputs: list[Any], tokens: int, kernels: int, copies_inside: bool) -> Callable[[], object]:
+    """A step of another library: pinned writes, a copy for each input and one graph, the copies in it or before it."""
+    staged = [rival.pinned(tokens) for _ in inputs]
+    device = [rival.device(tokens) for _ in inputs]
+    out = rival.device(tokens)
+    views = [rival.host(part) for part in staged]
 
-    if not torch.cuda.is_available():
-        raise RuntimeError("torch finds no GPU")
-    staged = [torch.empty(tokens, dtype=torch.int64, pin_memory=True) for _ in names]
-    device = [torch.zeros(tokens, dtype=torch.int64, device="cuda") for _ in names]
-    out = torch.zeros(tokens, dtype=torch.int64, device="cuda")
-    views = [tensor.numpy() for tensor in staged]
-
-    def work() -> None:
-        for i in range(kernels):
-            out.copy_(device[i % len(device)])
-
-    work()
-    torch.cuda.synchronize()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
-        work()
-
-    def step() -> None:
-        with torch.cuda.stream(stream):
-            for view, name in zip(views, names, strict=True):
-                view[:] = inputs[name]
-            for target, source in zip(device, staged, strict=True):
-                target.copy_(source, non_blocking=True)
-            graph.replay()
-
-    return step
-
-
-def _cupy_graph(names: list[str], inputs: dict[str, Any], tokens: int, kernels: int) -> Callable[[], object]:
-    """A step of CuPy: one graph with a copy node per input and the work behind them, over pinned arrays."""
-    import cupy
-
-    if cupy.cuda.runtime.getDeviceCount() < 1:
-        raise RuntimeError("CuPy finds no GPU")
-    nbytes = 8 * tokens
-    memory = [cupy.cuda.alloc_pinned_memory(nbytes) for _ in names]
-    staged = [np.frombuffer(part, np.int64, tokens) for part in memory]
-    device = [cupy.zeros(tokens, np.int64) for _ in names]
-    out = cupy.zeros(tokens, np.int64)
-    stream = cupy.cuda.Stream(non_blocking=True)
-
-    def work() -> None:
+    def copy() -> None:
         for target, source in zip(device, staged, strict=True):
-            target.data.copy_from_host_async(source.ctypes.data, nbytes, stream)
-        for i in range(kernels):
-            cupy.add(device[i % len(device)], 0, out=out)
+            rival.copy(target, source)
 
-    with stream:
-        work()
-        stream.synchronize()
-        stream.begin_capture()
-        work()
-        graph = stream.end_capture()
+    def work() -> None:
+        if copies_inside:
+            copy()
+        for i in range(kernels):
+            rival.consume(out, device[i % len(device)])
+
+    launch = _rivals.warm_graph(rival, work)
 
     def step() -> None:
-        for view, name in zip(staged, names, strict=True):
-            view[:] = inputs[name]
-        graph.launch(stream)
+        for view, values in zip(views, inputs, strict=True):
+            view[:] = values
+        if not copies_inside:
+            with rival.using():
+                copy()
+        launch()
 
     return step
 
 
-COMPETITORS = {"torch: pinned copy_ and CUDAGraph.replay": _torch_graph, "CuPy: graph with memcpy nodes": _cupy_graph}
+COMPETITORS = (
+    ("Numba: pinned writes, graph with memcpy nodes", _rivals.Numba, True),
+    ("torch: pinned writes, copy_, CUDAGraph.replay", _rivals.Torch, False),
+    ("torch: pinned writes, CUDAGraph with copy_ in it", _rivals.Torch, True),
+    ("CuPy: pinned writes, graph with memcpy nodes", _rivals.Cupy, True),
+)
+"""What it is called, whose it is, whether the copies are part of the graph."""
 
 
 def run(
@@ -188,17 +160,16 @@ def _rows(smoke: bool, slots: int, tokens: int, kernels: int, competitors: bool)
         "numbabuf: replay, int64 to int32, range check off": ours(unchecked, "replay"),
         "numbabuf: replay, int64 to int32, range check on": ours(checked, "replay"),
     }
-    missing = {}
-    for what, make in COMPETITORS.items() if competitors else ():
-        try:
-            ways[what] = make(names, inputs, tokens, kernels)
-        except Exception as error:  # not installed, no GPU, or a driver that it cannot use: a row that says so
-            missing[what] = f"skipped: {type(error).__name__}: {error}".partition("\n")[0]
-    repeats, inner = (5, 1) if smoke or _cuda.SIM else (300 if tokens == TOKENS else 100, 20)
+    missing: list[dict[str, Any]] = []
+    for what, kind, copies_inside in COMPETITORS if competitors else ():
+        with _rivals.noted(missing, what, "skipped", tokens=tokens):  # not installed, no GPU, or something it lacks
+            ways[what] = _theirs(kind(), list(inputs.values()), tokens, kernels, copies_inside)
+    repeats = 5 if smoke or _cuda.SIM else 300 if tokens == TOKENS else 100
+    options = harness.host_options()
     with harness.kernels_skipped(stub):
         for call in ways.values():
             call()
-        times = {what: harness.measure(call, repeats=repeats, inner=inner) for what, call in ways.items()}
+        times = {what: harness.measure(call, repeats=repeats, **options) for what, call in ways.items()}
         calls = {what: _count(stub, call) for what, call in ways.items()}
         ends = {
             what: harness.measure(call, repeats=repeats, finish=_cuda.synchronize).median_us
@@ -212,12 +183,16 @@ def _rows(smoke: bool, slots: int, tokens: int, kernels: int, competitors: bool)
     first = times[next(iter(ways))].median_us
     rows = [
         harness.row(
-            what, timing, tokens=tokens, driver_calls=calls[what], less_than_idiom=first / timing.median_us,
+            what,
+            timing,
+            tokens=tokens,
+            driver_calls=calls[what],
+            less_than_idiom=first / timing.median_us,
             end_to_end_us=ends.get(what),
         )  # fmt: skip
         for what, timing in times.items()
     ]
-    return rows + [{"what": what, "tokens": tokens, "note": note} for what, note in missing.items()]
+    return rows + missing
 
 
 def table(result: dict[str, Any]) -> str:
