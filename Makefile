@@ -39,8 +39,8 @@ docs:  ## a page per module under build/docs
 bench:  ## every benchmark, on whatever backend is there
 	$(PYTHON) -m benchmarks all
 
-plots:  ## pictures of the committed results, into build/plots
-	$(PYTHON) -m benchmarks plot --out build/plots benchmarks/results/host.json benchmarks/results/pool.json
+plots:  ## pictures of the committed results, beside them
+	$(PYTHON) -m benchmarks plot benchmarks/results/host.json benchmarks/results/pool.json
 
 gpu:  ## the suite, the sanitizers and the benchmarks on a GPU, into benchmarks/results
 	PYTHON=$(PYTHON) benchmarks/gpu.sh

@@ -273,12 +273,14 @@ def script(tmp_path):
     for program_file in (python, sanitizer):
         program_file.chmod(0o755)
 
+    inherited = {name: value for name, value in os.environ.items() if name not in ("SMOKE", "WHEELS")}
+
     def run(*parts, **environment):
         calls.write_text("")
         out = tmp_path / "out"
         done = subprocess.run(
             [str(RESULTS.parent / "gpu.sh"), *parts],
-            env={**os.environ, "PYTHON": str(python), "SANITIZER": str(sanitizer), "OUT": str(out), **environment},
+            env={**inherited, "PYTHON": str(python), "SANITIZER": str(sanitizer), "OUT": str(out), **environment},
             capture_output=True,
             text=True,
         )
