@@ -14,6 +14,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 sanitizer=${SANITIZER:-compute-sanitizer}
 export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# where Numba finds NVVM on a machine that has the toolkit but not its wheels
+if [ -z "${CUDA_HOME:-}${CUDA_PATH:-}" ] && [ -d /usr/local/cuda ]; then
+    export CUDA_HOME=/usr/local/cuda
+fi
 
 parts=("$@")
 [ $# -gt 0 ] || parts=(suite sanitizer bench)
