@@ -2,14 +2,13 @@
 
 `DemandModel` is a moving window of observed sizes with a small learner on top; `Demands` holds one for each
 axis. NumPy only: this module knows no pool, no device and no graph, so that a whole trace runs through it
-alone. It imports nothing of the package but `html`; `buckets.plan` reads a model's `histogram()`, and
+alone. It imports nothing of the package but `html` and `checks`; `buckets.plan` reads a model's `histogram()`, and
 `predictive` turns forecasts into warm buffers and graphs.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 import os
 import time
 from collections import deque
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import html
+from .checks import whole_number
 
 __all__ = ["DemandModel", "Demands", "Forecast"]
 
@@ -82,8 +82,8 @@ class DemandModel:
         warm_steps: int = 8,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.window = _whole("window", window, 1 << 24)
-        self.warm_steps = _whole("warm_steps", warm_steps, 1024)
+        self.window = whole_number("window", window, least=1, most=1 << 24)
+        self.warm_steps = whole_number("warm_steps", warm_steps, least=1, most=1024)
         self._fixed = buckets is not None
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque(maxlen=self.window)
@@ -117,7 +117,7 @@ class DemandModel:
         TypeError, ValueError
             If ``size`` is not a whole number from 1 to 2**40, or the clock gives no finite number.
         """
-        size = _whole("size", size, MAX_SIZE)
+        size = whole_number("size", size, least=1, most=MAX_SIZE)
         now = float(self._clock())
         if not math.isfinite(now):
             raise ValueError(f"the clock must return finite seconds; found {now}")
@@ -137,7 +137,7 @@ class DemandModel:
         A model takes it that its last forecast is followed: what that named is warm or warming, and is kept
         rather than dropped for a little more, since anything new has to be warmed first.
         """
-        chosen, probability = self._learner.forecast(_whole("k", k, 1 << 24))
+        chosen, probability = self._learner.forecast(whole_number("k", k, least=1, most=1 << 24))
         buckets = self._buckets
         return tuple(Forecast(buckets[i], p) for i, p in zip(chosen, probability, strict=True))
 
@@ -284,7 +284,7 @@ class Demands(Mapping[str, DemandModel]):
         for axis, size in sizes.items():
             if axis not in self._models:
                 raise KeyError(f"no axis {axis!r} here; there are {', '.join(self._models) or 'none'}")
-            _whole(axis, size, MAX_SIZE)
+            whole_number(axis, size, least=1, most=MAX_SIZE)
         for axis, size in sizes.items():
             self._models[axis].observe(size)
 
@@ -478,23 +478,12 @@ def _four_per_doubling(largest: int) -> tuple[int, ...]:
 
 
 def _increasing(buckets: Iterable[int]) -> tuple[int, ...]:
-    sizes = tuple(_whole("a bucket", size, MAX_SIZE) for size in buckets)
+    sizes = tuple(whole_number("a bucket", size, least=1, most=MAX_SIZE) for size in buckets)
     if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise ValueError(
             f"buckets must be one size or more, increasing; found {sizes}: sort them, without repeats"
         )
     return sizes
-
-
-def _whole(name: str, value: Any, highest: int) -> int:
-    """Return ``value`` as an int if it is a whole number from 1 to ``highest``."""
-    if type(value) is not int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} must be a whole number; found {value!r} ({type(value).__name__})")
-        value = int(value)
-    if not 1 <= value <= highest:
-        raise ValueError(f"{name} must be from 1 to {highest}; found {value}")
-    return value
 
 
 def _write(path: str | os.PathLike[str], fields: Mapping[str, NDArray[Any]]) -> None:

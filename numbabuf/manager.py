@@ -20,6 +20,7 @@ import numpy as np
 
 from . import _cuda, config, html
 from .arena import Arena
+from .checks import whole_number
 from .errors import BackendError, BusyError, CaptureError, ClosedError, GraphMissingError
 from .graph import CapturedStep, Recording, Step
 from .lease import Lease
@@ -27,7 +28,7 @@ from .overflow import POLICIES, cut, warn
 from .pool import BufferPool, SimpleBufferPool
 from .progress import stopped, track
 from .service import Service
-from .sizes import bucket_lists, check_limits, live_sizes, positive, round_up, settle, too_large, wanted
+from .sizes import bucket_lists, check_limits, live_sizes, round_up, settle, too_large, wanted
 from .slot import InputSlot
 from .spec import BufferSpec
 from .stats import ManagerStats
@@ -102,10 +103,10 @@ class InputBufferManager:
         stream: Any = None,
         range_check: bool | None = None,
     ) -> None:
-        self.max_batch_size = positive("max_batch_size", max_batch_size)
-        self.max_seq_len = positive("max_seq_len", max_seq_len)
+        self.max_batch_size = whole_number("max_batch_size", max_batch_size, least=1)
+        self.max_seq_len = whole_number("max_seq_len", max_seq_len, least=1)
         self.max_tokens = self.max_batch_size * self.max_seq_len
-        self._depth = positive("ring", ring)
+        self._depth = whole_number("ring", ring, least=1)
         if overflow not in POLICIES:
             raise ValueError(f"overflow is {overflow!r}; use one of {', '.join(POLICIES)}")
         if pool is not None and not isinstance(pool, BufferPool):
@@ -115,7 +116,6 @@ class InputBufferManager:
         self._range_check = config.enabled("NUMBABUF_RANGE_CHECK") if range_check is None else bool(range_check)
         self._stream = _cuda.as_stream(stream)
         self.stream = self._stream.numba
-        self._core = self._stream.core
         self._device = self._stream.device
         self._own_pool = pool is None
         self._pool: BufferPool = SimpleBufferPool() if pool is None else pool
@@ -132,7 +132,7 @@ class InputBufferManager:
         self._capture_stream: Any = None
         self._generation = 0
         self._fills: dict[tuple[int, ...], CapturedStep] = {}
-        self._captured = Service(self._stream)
+        self._service = Service(self._stream)
         self._function: Callable[[Step], Any] | None = None
         self._lease: Lease | None = None
         self._capturer: int | None = None  # the thread that captures
@@ -255,9 +255,9 @@ class InputBufferManager:
 
     def _check_movable(self, what: str) -> None:
         """Refuse to move the slots' memory from under anybody who counts on where it lies."""
-        if self._captured:
+        if self._service:
             raise BusyError(
-                f"{what} while {len(self._captured)} graph(s) read the slots where they lie: register every slot "
+                f"{what} while {len(self._service)} graph(s) read the slots where they lie: register every slot "
                 "before capturing, or call close_graphs() first"
             )
         if self._capturer is not None:
@@ -302,7 +302,7 @@ class InputBufferManager:
             return
         self.synchronize()
         for fill in self._fills.values():
-            self._captured.retire(fill)
+            self._service.retire(fill)
         self._fills.clear()
         arena, self._arena, self._ring = self._arena, None, None  # first: a release that fails may have done half
         self._past_waits += arena.ring.waits
@@ -426,7 +426,7 @@ class InputBufferManager:
             warn(self._axes, live)
         self._arena.submit(target, live[0])
         self._overflows += 1
-        self._captured.retire(target)
+        self._service.retire(target)
 
     def _submit_fill(self, target: CapturedStep, live: tuple[int, ...]) -> None:
         """Queue a fill: the graph of its bucket or, for a step that has none, a launch."""
@@ -436,7 +436,7 @@ class InputBufferManager:
             self._submit_plain(target, live)
         else:  # another thread was capturing, so that the bucket could not get its graph yet
             self._arena.submit(target, live[0])
-            self._captured.retire(target)
+            self._service.retire(target)
 
     def _set_slot(self, slot: InputSlot, data: Any) -> None:
         """`InputSlot.set_data`: a fill in which every other slot has nothing to write."""
@@ -505,7 +505,7 @@ class InputBufferManager:
         for name, array in lease.written.items():
             if self._slots[name].checked:
                 self._slots[name].check_range(array)
-        target = self._captured.covering(live) if replay else self._fill_for(live)
+        target = self._service.covering(live) if replay else self._fill_for(live)
         if target is None:
             raise self._uncovered(live)
         block = lease.block
@@ -560,7 +560,7 @@ class InputBufferManager:
             with recording as step:
                 yield step
             with self._lock:
-                self._adopt([recording.captured])
+                self._service.adopt([recording.captured])
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -646,7 +646,7 @@ class InputBufferManager:
                     why = f"{type(error).__name__} at {phase} {dict(zip(self._axes, size, strict=True))}; none is kept"
                     stopped("capture_buckets", len(captured), len(asked), why)
                 raise
-            self._adopt(captured)
+            self._service.adopt(captured)
             self._function = fn
             return tuple(dict(zip(self._axes, size, strict=True)) for size in reversed(asked))
 
@@ -656,18 +656,6 @@ class InputBufferManager:
         self._arena.write(self._ring.acquire(), {}, (0,) * len(sizes), target.padded)
         self._arena.submit(target, 0)
         fn(target.step)
-
-    def _adopt(self, captured: list[CapturedStep]) -> None:
-        """Put new graphs in service, in place of those of the same sizes."""
-        self._captured.adopt(captured)
-
-    def _exchange(self, old: list[CapturedStep], new: list[CapturedStep]) -> None:
-        """Take graphs out of service and put others in."""
-        self._captured.exchange(old, new)
-
-    def _reap(self) -> None:
-        """Close the withdrawn graphs whose replays are done."""
-        self._captured.reap()
 
     def replay(
         self,
@@ -719,7 +707,7 @@ class InputBufferManager:
                 live = self._begin_step(num_tokens, sizes)
             else:
                 live = (num_tokens,) if len(self._axes) == 1 else live_sizes(self._axes, num_tokens, sizes)
-            target = self._captured.covering(live)
+            target = self._service.covering(live)
             if target is None:
                 result = self._overflow(inputs, live, each)
             else:
@@ -733,7 +721,7 @@ class InputBufferManager:
 
     def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """A step that no captured graph covers, after the policy."""
-        if self.overflow == "split" and self._captured.covering((0, *live[1:])) is not None:
+        if self.overflow == "split" and self._service.covering((0, *live[1:])) is not None:
             return self._split(inputs, live, each)
         if self.overflow == "eager":
             return self._eager(inputs, live)
@@ -742,7 +730,7 @@ class InputBufferManager:
     def _uncovered(self, live: tuple[int, ...]) -> Exception:
         """The error for a step that no captured graph covers."""
         # The last axis beyond all graphs: "split" can do something about the first, the tokens.
-        largest = [self._captured.largest(axis) for axis in range(len(live))]
+        largest = [self._service.largest(axis) for axis in range(len(live))]
         over = max((axis for axis, size in enumerate(live) if size > largest[axis]), default=0)
         return self._too_large(over, live, largest[over])
 
@@ -761,12 +749,12 @@ class InputBufferManager:
         """Replay a step in pieces of the largest captured number of tokens that serves its other sizes."""
         arena, rest = self._arena, live[1:]
         arena.refuse_others(inputs)
-        pieces = cut(inputs, live, self._captured.largest(0, rest), self._static)
+        pieces = cut(inputs, live, self._service.largest(0, rest), self._static)
         self._overflows += 1
         result = None
         for start, stop, piece in pieces:
             sizes = (stop - start, *rest)
-            target = self._captured.covering(sizes)
+            target = self._service.covering(sizes)
             assert target is not None
             arena.write(self._ring.acquire(), piece, sizes, target.padded)
             result = arena.submit(target, stop - start)
@@ -778,9 +766,9 @@ class InputBufferManager:
         """Wait for all steps, then destroy every captured graph and let its operands go."""
         with self._lock:
             self._check_no_capture()
-            if self._captured or self._captured.leaving:
+            if self._service or self._service.leaving:
                 self.synchronize()
-            self._captured.close()
+            self._service.close()
             self._function = None
 
     # ------------------------------------------------------------------------------------------------------- the end
@@ -840,7 +828,7 @@ class InputBufferManager:
     def stats(self) -> ManagerStats:
         """Return one consistent snapshot of the counters."""
         with self._lock:
-            counts = self._captured.counts(self._fills.values())
+            counts = self._service.counts(self._fills.values())
             return ManagerStats(
                 steps=sum(steps for steps, _ in counts.values()),
                 live_tokens=sum(live for _, live in counts.values()),
@@ -848,7 +836,7 @@ class InputBufferManager:
                 buckets={tokens: steps for tokens, (steps, _) in counts.items()},
                 overflows=self._overflows,
                 ring_waits=self._past_waits + (self._ring.waits if self._ring else 0),
-                graphs=len(self._captured),
+                graphs=len(self._service),
                 arena_bytes=self._arena.slot_bytes if self._arena else 0,
                 ring_bytes=self._arena.ring_bytes if self._arena else 0,
                 bucket_tokens={tokens: live for tokens, (_, live) in counts.items()},
@@ -863,15 +851,15 @@ class InputBufferManager:
             Slots overlap, a graph was captured over other memory, or host and device disagree about the steps.
         """
         with self._lock:
-            self._captured.check()
-            assert all(graph.generation == self._generation for graph in (*self._captured, *self._fills.values()))
+            self._service.check()
+            assert all(graph.generation == self._generation for graph in (*self._service, *self._fills.values()))
             if self._ring is None:
                 return
             self.synchronize()
             self._arena.check()
 
     def __repr__(self) -> str:
-        state = "closed" if self.closed else f"{len(self._captured)} graphs"
+        state = "closed" if self.closed else f"{len(self._service)} graphs"
         return f"{type(self).__name__}({len(self._slots)} slots, {self.max_tokens} tokens, ring={self._depth}, {state})"
 
     def _repr_html_(self) -> str:

@@ -261,7 +261,7 @@ class PredictiveBufferManager(InputBufferManager):
         with self._lock:
             self._ready()
             full = tuple(choices[-1] for choices in self._choices[1:])
-            present = [graph.sizes for graph in self._captured]
+            present = [graph.sizes for graph in self._service]
         planned = [int(size) for size in self._refitter.sizes]
         missing = [size for size in planned if (size, *full) not in present]
         captured: list[int] = []
@@ -289,7 +289,7 @@ class PredictiveBufferManager(InputBufferManager):
             while self._drop_one(planned, full):
                 pass
         with self._lock:
-            self._reap()
+            self._service.reap()
         return tuple(captured)
 
     def _by_value(self, missing: list[int], present: list[int]) -> list[int]:
@@ -324,7 +324,7 @@ class PredictiveBufferManager(InputBufferManager):
                 with recording as step:
                     step.result = fn(step)
                 with self._lock:
-                    self._adopt([recording.captured])
+                    self._service.adopt([recording.captured])
         except Exception as error:  # degrade to what was there: whatever was wrong, the graphs in service are right
             self._failures += 1
             _log.warning("prewarming a graph for %s failed: %s", dict(zip(self._axes, sizes, strict=True)), error)
@@ -337,11 +337,11 @@ class PredictiveBufferManager(InputBufferManager):
     def _drop_one(self, planned: list[int], full: tuple[int, ...]) -> bool:
         """Take the least used graph that the plan does not want out of service; False if there is none."""
         with self._lock:
-            spare = [graph for graph in self._captured if graph.sizes[1:] == full and graph.sizes[0] not in planned]
+            spare = [graph for graph in self._service if graph.sizes[1:] == full and graph.sizes[0] not in planned]
             if not spare:
                 return False
             graph = min(spare, key=lambda graph: graph.steps)
-            self._exchange([graph], [])
+            self._service.exchange([graph], [])
         self._closings += 1
         self._unused += graph.steps == 0
         self._made.pop(graph.sizes[0], None)
@@ -425,7 +425,7 @@ class PredictiveBufferManager(InputBufferManager):
         with self._learning:
             self._learn()
             with self._lock:
-                prewarmed = [graph for graph in self._captured if graph.sizes[0] in self._made]
+                prewarmed = [graph for graph in self._service if graph.sizes[0] in self._made]
                 return PredictionStats(
                     hits=self._hits,
                     misses=self._misses,

@@ -7,41 +7,16 @@ of each, its "limits" the largest that the slots hold. All functions here are pu
 
 from __future__ import annotations
 
-import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from . import buckets
+from .checks import whole_number
 from .errors import BucketOverflowError
 from .slot import InputSlot
 
-__all__ = [
-    "bucket_lists", "check_limits", "live_sizes", "positive", "round_up", "settle", "size", "too_large", "wanted",
-]  # fmt: skip
-
-
-def size(axis: str, value: Any) -> int:
-    """Return `value` as an int >= 0, or say what is wrong with the size of `axis`."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{axis} is {value!r}, a bool: give a number")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{axis} is {value!r}: give a whole number") from None
-    if number < 0:
-        raise ValueError(f"{axis} is {number}: it cannot be negative")
-    return number
-
-
-def positive(name: str, value: Any) -> int:
-    """Return `value` as an int >= 1, or say what is wrong with the argument `name`."""
-    number = size(name, value)
-    if number < 1:
-        raise ValueError(f"{name} is {value!r}: give at least 1")
-    return number
+__all__ = ["bucket_lists", "check_limits", "live_sizes", "round_up", "settle", "too_large", "wanted"]
 
 
 def bucket_lists(given: Any, max_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -85,7 +60,7 @@ def live_sizes(axes: Sequence[str], num_tokens: Any, further: Mapping[str, Any])
         given = ", ".join(further) or "none"
         raise TypeError(f"the slots follow the axes {', '.join(axes)}: give {asked}; given were {given}")
     live = [num_tokens, *(further[axis] for axis in axes[1:])]
-    return tuple(size(axis, value) for axis, value in zip(axes, live, strict=True))
+    return tuple(whole_number(axis, value) for axis, value in zip(axes, live, strict=True))
 
 
 def round_up(choices: Sequence[Sequence[int]], live: Sequence[int]) -> tuple[tuple[int, ...], int | None]:
@@ -133,7 +108,7 @@ def wanted(
         unknown = set(given) - set(axes)
         if unknown:
             raise ValueError(f"size {one!r} names {', '.join(sorted(unknown))}; the axes are {', '.join(axes)}")
-        full = tuple(size(axis, given.get(axis, c[-1])) for axis, c in zip(axes, choices, strict=True))
+        full = tuple(whole_number(axis, given.get(axis, c[-1])) for axis, c in zip(axes, choices, strict=True))
         for axis, value, limit in zip(axes, full, limits, strict=True):
             if not 1 <= value <= limit:
                 raise ValueError(f"size {axis}={value} cannot be captured; the slots hold 1 to {limit}")

@@ -412,7 +412,7 @@ def test_set_data_is_refused_or_right(manager, data, name):
 @example("capture_buckets", None, {})
 @example("capture_buckets", 3, {})
 def test_other_calls_of_a_manager_with_nonsense_change_nothing(manager, call, thing, more):
-    before = kit.contents(manager), manager.stats(), list(manager._captured), manager.slots
+    before = kit.contents(manager), manager.stats(), list(manager._service), manager.slots
 
     def run():
         if call in ("stage", "capture"):
@@ -430,7 +430,7 @@ def test_other_calls_of_a_manager_with_nonsense_change_nothing(manager, call, th
     manager.check()
     after = kit.contents(manager)
     assert all(held.tobytes() == after[name].tobytes() for name, held in before[0].items()), error
-    assert (manager.stats(), list(manager._captured), manager.slots) == before[1:], error
+    assert (manager.stats(), list(manager._service), manager.slots) == before[1:], error
 
 
 @given(
@@ -517,7 +517,7 @@ def test_each_call_may_come_from_a_thread_that_never_called_the_driver(which):
         for name in public(thing):
             if name in NEEDS_MORE or name in ("close", "start", "stop", "events"):
                 continue
-            if which == "manager" and not thing._captured:
+            if which == "manager" and not thing._service:
                 thing.capture_buckets(lambda step: None, [1, 4])
             failures = []
 

@@ -65,7 +65,7 @@ class World:
         self.pool.check()
         self.m.stage_inputs({"input_ids": ids(3)}, 3, **dict.fromkeys(self.m._axes[1:], 0))
         assert kit.contents(self.m)["input_ids"][:8].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
-        if self.m._captured:
+        if self.m._service:
             before = self.read()
             self.m.replay({"input_ids": ids(4)}, 4, **dict.fromkeys(self.m._axes[1:], 0))
             assert self.read() == before + 10
@@ -117,7 +117,7 @@ def lease(how):
 def first_of_a_bucket(w):
     w.m.synchronize()
     if (fill := w.m._fills.pop((16,), None)) is not None:
-        w.m._captured.retire(fill)
+        w.m._service.retire(fill)
     w.m.stage_inputs({}, 12)
 
 

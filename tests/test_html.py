@@ -92,7 +92,7 @@ def test_a_manager_shows_slots_ring_and_padding(manager):
 
 def test_the_parts_of_a_manager_show_themselves(manager):
     assert "follows tokens" in words(manager.get_slot("positions")._repr_html_())
-    (small, large) = manager._captured
+    (small, large) = manager._service
     assert "live tokens 6 padding 2" in words(small._repr_html_())
     assert "positions 16 int64" in words(large.step._repr_html_())
     assert "most: 3 (2)" in words(manager.demand._repr_html_())

@@ -255,7 +255,7 @@ def test_capture_by_hand(manager):
 def test_a_failed_capture_changes_nothing(manager):
     pipeline = Pipeline("input_ids", 32)
     manager.capture_buckets(pipeline, [8, 16])
-    before = list(manager._captured)
+    before = list(manager._service)
 
     def breaks(step):
         if _cuda.capturing() and step.bucket["tokens"] == 8:
@@ -265,7 +265,7 @@ def test_a_failed_capture_changes_nothing(manager):
         manager.capture_buckets(breaks, [8, 32])
     with pytest.raises(ZeroDivisionError), manager.capture(8):
         raise ZeroDivisionError
-    assert list(manager._captured) == before and not _cuda.capturing()
+    assert list(manager._service) == before and not _cuda.capturing()
     at = int(kit.to_host(pipeline.row, manager.stream)[0])
     manager.replay({"input_ids": np.arange(3)}, 3)
     assert kit.to_host(pipeline.log, manager.stream)[at, :8].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
@@ -329,7 +329,7 @@ def test_a_new_manager_has_no_memory_inside_a_capture(manager):
 def snapshot(m):
     m.synchronize()
     m.check()
-    return kit.contents(m), m.stats(), m._ring.step, m._ring.pending, m._generation, list(m._captured)
+    return kit.contents(m), m.stats(), m._ring.step, m._ring.pending, m._generation, list(m._service)
 
 
 def assert_unchanged(m, before):
@@ -347,7 +347,7 @@ BAD_STEPS = {
     "float tokens": (TypeError, "whole number", {}, 2.0, {}),
     "bool tokens": (TypeError, "bool", {}, True, {}),
     "text tokens": (TypeError, "whole number", {}, "3", {}),
-    "negative tokens": (ValueError, "negative", {}, -1, {}),
+    "negative tokens": (ValueError, "whole number >= 0", {}, -1, {}),
     "too many tokens": (BucketOverflowError, "tokens=33", {"input_ids": ids(33)}, 33, {}),
     "huge": (BucketOverflowError, "bucket", {}, 1 << 70, {}),
     "unknown axis": (TypeError, "no further sizes", {}, 1, {"seqs": 3}),

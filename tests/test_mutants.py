@@ -148,7 +148,7 @@ def run_failed_launch(stub):
 
 
 STUB = pytest.mark.stub
-RING, ORDER, SERVICE = staging.StagingRing, ordering.StreamOrder, service.Service
+ARENA, RING, ORDER, SERVICE = arena.Arena, staging.StagingRing, ordering.StreamOrder, service.Service
 MUTANTS = {
     # The five by which a staging ring, its fill and its graphs usually go wrong.
     "retirement check removed": (
@@ -169,12 +169,14 @@ MUTANTS = {
     "retirement check one late": (run_ring, STUB, (RING, "acquire", ">= self.depth", "> self.depth")),
     "every block the same": (run_ring, (), (RING, "acquire", "step % self.depth", "0")),
     "wait between streams removed": (run_pool, STUB, (ORDER, "put_behind", "event.wait(stream)", "pass")),
-    "event on the wrong stream": (run_pool, STUB, (ORDER, "_mark", "event.record(stream)", "event.record(self.default)")),
+    "event on the wrong stream": (
+        run_pool, STUB, (ORDER, "_mark", "event.record(stream)", "event.record(self.default)"),
+    ),
     "withdrawn graph closed too early": (
         run_withdrawal, STUB, (SERVICE, "exchange", "event.record(self._stream)", "pass"),
     ),
     "pad left as it is": (run_ring, (), (slot.InputSlot, "table_row", "= self.pad_mode", "= kernels.PAD_KEEP")),
-    "sizes of an earlier bucket": (run_ring, (), (arena.Arena, "write", "same = block.padded is padded", "same = True")),
+    "sizes of an earlier bucket": (run_ring, (), (ARENA, "write", "same = block.padded is padded", "same = True")),
     "graph without its fill": (run_ring, (), (graph.Recording, "__enter__", "self._fill(self._stream)", "pass")),
     "fill not first": (
         run_ring, (), (graph.Recording, "__enter__", "self._fill(self._stream)", "pass"),
@@ -182,8 +184,8 @@ MUTANTS = {
     ),
     "count not advanced": (run_ring, (), (kernels, "fill_slots", "store8(table + STEP * WORD, step + 1)", "pass")),
     "bucket one too small": (run_ring, (), (SERVICE, "covering", "live[0])", "live[0] - 1)")),
-    "counts not reset": (run_failed_launch, STUB, (arena.Arena, "_recount", "self.ring.reset()", "self.ring.advance()")),
-    "device count not reset": (run_failed_launch, STUB, (arena.Arena, "_recount", "self._write_table()", "pass")),
+    "counts not reset": (run_failed_launch, STUB, (ARENA, "_recount", "self.ring.reset()", "self.ring.advance()")),
+    "device count not reset": (run_failed_launch, STUB, (ARENA, "_recount", "self._write_table()", "pass")),
 }  # fmt: skip
 
 

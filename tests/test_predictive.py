@@ -61,7 +61,7 @@ def run(manager, sizes, seed=0):
 
 
 def in_service(manager):
-    return [graph.sizes[0] for graph in manager._captured]
+    return [graph.sizes[0] for graph in manager._service]
 
 
 def test_the_plan_serves_what_was_recorded_and_always_the_largest(make):

@@ -39,10 +39,6 @@ def test_what_is_no_size(value, error):
     for tokens, seqs in ((value, 1), (1, value)):
         with pytest.raises(error):
             sizes.live_sizes(AXES, tokens, {"seqs": seqs})
-    with pytest.raises(error):
-        sizes.positive("ring", value)
-    with pytest.raises(ValueError, match="at least 1"):
-        sizes.positive("ring", 0)
 
 
 def test_sizes_are_ordered_as_the_axes():

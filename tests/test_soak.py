@@ -187,7 +187,7 @@ def account(load, live):
         "buffers of the hierarchy": tiers.reserved_count, "pending": pool.pending_count + tiers.pending_count,
         "spare events": len(load.pool._store.order.spare), "specs known": len(load.pool._store.shelves),
         "records": len(load.tiers._records), "graphs": load.manager.stats().graphs,
-        "leaving": len(load.manager._captured.leaving), "put off": put_off(),
+        "leaving": len(load.manager._service.leaving), "put off": put_off(),
         "threads": threading.active_count(), "files": open_files(),
     }  # fmt: skip
     return found | {f"live {kind}": count for kind, count in live().items()}
