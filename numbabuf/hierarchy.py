@@ -122,6 +122,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
     uses wait for them. The host waits only for released memory that is still being read, when there is no other; for
     memory that goes back to the driver; after four batches that the device has not begun; and when a buffer's address
     is taken outside a use.
+    Devices: all of it is for one device, the one that was current when the first buffer was made. Nothing grows or
+    moves while another is current (BackendError).
     Capture: nothing moves while a graph is captured on the device. A buffer under a live graph keeps its memory: its
     demotion saves the contents, and every later use first brings them back to the same address.
     Managed memory is never more than the card has free when it is asked for, however much of it is resident already:
@@ -591,6 +593,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             return
         if _cuda.captures:
             raise CaptureError("buffers cannot move while a graph is captured: promote() or demote() them before it")
+        _cuda.one_device(self._store.device, self)
         plan: list[tuple[TieredEntry, Ticket, bool]] = []  # entry, its next ticket, whether that was made for it
         with self._claimed([entry for entry, _ in wanted]):
             try:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import prediction
+from benchmarks import headroom, prediction
 from numbabuf.buckets import padded
 
 
@@ -119,3 +119,26 @@ def test_a_smoke_run_fills_every_table(monkeypatch, tmp_path):
     json.dumps(result)
     assert all(0 <= row["ours"] <= row["optimum"] for row in result["hits"])
     assert all(row["padding"] > 0.99 for row in result["lists"])
+
+
+def test_estimates_that_are_told_are_chosen_by_as_the_models_own():
+    random = np.random.default_rng(0)
+    ids = np.clip(np.cumsum(random.integers(-2, 3, 400)) % 20, 0, 19)
+    sizes = np.arange(1, 21)
+    listener = headroom.Listener(sizes, 4)
+    for b in ids.tolist():
+        listener.observe(b)
+    own, _ = prediction.replay(prediction.Ours(sizes, 4), ids, 3, 4, 40)
+    headroom.Told.told = np.array(listener.estimates)
+    told, _ = prediction.replay(headroom.Told(sizes, 4), ids, 3, 4, 40)
+    assert own == told > 0.5
+    known = headroom.outcomes(ids, 20, np.array([0, 0, 4, 4]), np.array([4, 12, 6, 12]))
+    headroom.Told.told = np.where(known, 0.999, 0.001).astype(np.float32)
+    best, _ = prediction.replay(headroom.Told(sizes, 4), ids, 3, 4, 40)
+    assert own + 0.02 < best <= prediction.optimum(ids, 3, 4, 40)
+
+
+def test_outcomes_are_those_of_the_next_use():
+    found = headroom.outcomes(np.array([0, 1, 1, 2, 0]), 3, np.array([0, 1]), np.array([1, 4]))
+    assert found[0].tolist() == [[False, True], [True, False], [False, True]]
+    assert found[3].tolist() == [[True, False], [False, False], [False, False]]
