@@ -14,7 +14,7 @@ import kit
 import numpy as np
 import pytest
 
-from numbabuf import BusyError, SimpleBufferPool
+from numbabuf import BusyError, SimpleBufferPool, _cuda
 from numbabuf._cuda import cuda
 
 pytestmark = pytest.mark.stub
@@ -69,10 +69,11 @@ def write(logs, step, *, threads, steps, seed):
         for _ in range(steps // threads):
             step(logs[random.integers(len(logs))], random, writer)
 
+    kit.collect()  # Numba would destroy what others left behind in a thread that has no context yet, and fail
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)  # threads then change places inside steps, too
     try:
-        with ThreadPoolExecutor(threads) as workers:
+        with ThreadPoolExecutor(threads, initializer=_cuda.require) as workers:
             list(workers.map(work, range(threads)))  # raises what a writer raised
     finally:
         sys.setswitchinterval(interval)
