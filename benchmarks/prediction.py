@@ -521,7 +521,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
         f"without {table}": {"TABLES": tuple(t for t in demand._Learner.TABLES if t != table)}
         for table in demand._Learner.TABLES
     },
-    "without way and trend": {"TABLES": ("usage", "after", "idle")},
     "equal weights, not learned": {"LEARN": np.float32(0)},
     "forget over 1/8 window": {"FORGET": 0.125},
     "forget over 1/2 window": {"FORGET": 0.5},

@@ -330,17 +330,16 @@ class _Learner:
         (0, 4], (0, horizon]              what keeping a warm bucket can catch
         (warm, warm+2], (warm, warm+8]    what a warm-up that starts now can catch
 
-    How. Five tables of counters hold the share of past steps, in a like situation of the bucket, after which
+    How. Four tables of counters hold the share of past steps, in a like situation of the bucket, after which
     its use did fall into the window. Each step the tables' logits are added up with weights learned on line
     by logistic regression, so tables that know nothing of this demand fade out. Outcomes are counted
     ``horizon`` steps late, when they are known.
     """
 
-    TABLES = ("usage", "after", "way", "trend", "idle")
+    TABLES = ("usage", "after", "trend", "idle")
     """Situations: none (the plain rate); which bucket is in use, and whether it was reached upwards or
-    downwards; which is in use, and which was 8 steps ago; the distance from it and the move over the last 4
-    steps; the steps since the bucket's own last use. All but ``trend``, which carries over to sizes never
-    seen, are kept for each bucket by itself."""
+    downwards; the distance from it and the move over the last 4 steps; the steps since the bucket's own last
+    use. All but ``trend``, which carries over to sizes never seen, are kept for each bucket by itself."""
 
     FORGET = 0.25
     """Share of the window over which counters average."""
@@ -364,14 +363,12 @@ class _Learner:
         self._steps = high.astype(np.float32)
         self._saved = ((high - low - 1) / 2).astype(np.float32)
 
-        # Beyond 256 buckets "after" tells fewer of them apart, and "way" beyond 40, so that the tables stay small.
+        # Beyond 256 buckets "after" tells fewer of them apart, so that its table stays small.
         self._groups = min(m, max(1, (1 << 16) // m))
-        self._coarse = min(m, max(1, math.isqrt((1 << 16) // m)))
         moves = 2 * self.FAR + 1
         rows = {
             "usage": m,
             "after": 3 * self._groups * m,
-            "way": self._coarse**2 * m,
             "trend": moves * 2 * m,
             "idle": 52 * m,
         }
@@ -411,10 +408,8 @@ class _Learner:
             self._now = b
         self._used[b] = t
         move = b - int(self._past[(t - 4) % self.horizon]) if t >= 4 else 0
-        before = int(self._past[(t - 8) % self.horizon]) if t >= 8 else 0
         offsets = {
             "after": (3 * (b * self._groups // m) + self._direction) * m,
-            "way": (b * self._coarse // m * self._coarse + before * self._coarse // m) * m,
             "trend": (2 * (min(max(move, -self.FAR), self.FAR) + self.FAR) + 1) * m - b,
         }
         for table, offset in offsets.items():
