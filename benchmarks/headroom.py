@@ -3,8 +3,8 @@
 Gradient-boosted trees (LightGBM) get this package's own estimates and some twenty features of the past besides, and
 learn from four fifths of the whole stream, blocks before and after each one that they are tested on, which no model in
 use could. Their estimates then go through the model's own choice of what to hold ready, by the rules of `prediction`.
-Where they win little, what `demand.DemandModel` misses is not in the stream of sizes to be found. That is no bound, and on some streams the trees do worse. Streams are those of `prediction`, the first 8,000 steps of each;
-about ten minutes.
+Where they win little, what `demand.DemandModel` misses is not in the stream of sizes to be found. That is no bound, and
+on some streams the trees do worse. Streams are those of `prediction`, the first 8,000 steps of each.
 """
 
 from __future__ import annotations
