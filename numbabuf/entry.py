@@ -116,12 +116,14 @@ class BufferEntry:
             self._release_slowly(ticket, block, stream)
 
     def _release_slowly(self, ticket: Ticket, block: Block, stream: Any) -> None:
+        ticket.placed = False
         try:
             pool = block.pool()
             if pool is not None:  # if it is gone, nobody else will use the memory
                 self._site = pool._take_back(ticket, stream)
         except BaseException:
-            self._held.append(ticket)
+            if not ticket.placed:  # an interrupt may come when the pool has it already, and may have leased it anew
+                self._held.append(ticket)
             raise
         del self.array
 

@@ -6,6 +6,7 @@ hand it on: who may still use it, and whether a live graph does. Knows no pool. 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from bisect import bisect_right
@@ -181,10 +182,11 @@ class Ticket:
     The pool keeps no other reference to a ticket in somebody's hands, so a ticket that dies there was lost.
     """
 
-    __slots__ = ("_token", "block")
+    __slots__ = ("_token", "block", "placed")
 
     def __init__(self, block: Block) -> None:
         self.block = block
+        self.placed = False  # whether the pool has it back from a release that is not plain
         self._token = np.empty(0, np.uint8)  # what `Alarm` watches
 
 
@@ -283,6 +285,16 @@ class Ledger:
 _registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
 _registry_lock = threading.RLock()
 _sorted: list[int] | None = None  # the addresses in order; None after a change
+
+
+def _after_fork_in_child() -> None:
+    """Another thread of the parent may have held the lock, and will never let it go here."""
+    global _registry_lock, _sorted
+    _registry_lock, _sorted = threading.RLock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _register(block: Block) -> None:

@@ -6,6 +6,7 @@ else. Frees nothing and allocates nothing but events, which are reused. Sits abo
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,8 +87,8 @@ class StreamOrder:
                 self.forget_marks(block)
                 return aside.pop()
         finally:
-            if line is not None:
-                line.extend(reversed(aside))
+            if aside:  # the line, empty meanwhile, may have been dropped by a finaliser that called the pool
+                shelf.ordered.setdefault(stream.handle, deque()).extend(reversed(aside))
         return None
 
     def _take_ready(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
@@ -120,7 +121,7 @@ class StreamOrder:
             try:
                 self.put_behind(ticket.block.events, stream or self.default)
             except BaseException:
-                line.appendleft(ticket)
+                shelf.ordered.setdefault(handle, deque()).appendleft(ticket)  # as in `_take_own`
                 raise
             self.forget_marks(ticket.block)
             return ticket
@@ -161,13 +162,13 @@ class StreamOrder:
         The default stream alone gets none: that work is marked when somebody else comes. A stream that takes no mark,
         as one that was destroyed, poisons nothing: the host waits for all work on the device instead.
         """
-        events: list[tuple[Any, Any]] = []
+        events = block.events  # none, but where a release was interrupted after its marks
         users = block.users
         if users and (block.tier is not Tier.DEVICE or any(user.handle != 0 for user in users)):
             _cuda.require()  # this thread may never have called the driver before
             try:
                 for user in users:
-                    events.append((user, self._mark(user)))
+                    events = [*events, (user, self._mark(user))]
             except Exception:
                 self.spare.extend(event for _, event in events)
                 _cuda.synchronize()

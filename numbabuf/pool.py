@@ -11,7 +11,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -67,6 +67,9 @@ class BufferPool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free idle memory and refuse further leases; leased buffers stay valid until released. Idempotent."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a pool cannot be copied or pickled: its memory is this one's alone; make another")
 
     def __enter__(self) -> BufferPool:
         return self

@@ -98,8 +98,13 @@ class Store:
         for other in self.shelves.kin(spec):
             ticket = self.order.take(other, spec.size_bytes, stream)
             if ticket is not None:
-                ticket.block.become(spec)
-                ticket.block.home = self.shelves.of(spec).ready.append
+                try:
+                    ticket.block.become(spec)
+                    ticket.block.home = self.shelves.of(spec).ready.append
+                except BaseException:
+                    ticket.block.users = () if stream is None else (stream,)
+                    self._park(ticket)
+                    raise
                 return ticket, "class_hit"
         return None, "miss"
 
@@ -139,22 +144,34 @@ class Store:
         try:
             self.put_back(ticket)
         except Exception:
-            self._parked.append(ticket)
+            self._park(ticket)
         self.tell("release", ticket.block)
 
+    def _park(self, ticket: Ticket) -> None:
+        """Put a buffer aside, to be put back later. Lock held."""
+        ticket.placed = True
+        self._parked.append(ticket)
+
     def put_back(self, ticket: Ticket) -> None:
-        """Put a released buffer where its users and the captures allow. Lock held."""
+        """Put a released buffer where its users and the captures allow. Lock held.
+
+        Once it is placed, nobody else may keep the ticket: an error or interrupt from then on does not undo a release.
+        """
         block = ticket.block
         if _open_captures or block.pinned_by_graph:
-            self._parked.append(ticket)
+            self._park(ticket)
             return
         marked = self.order.mark_users(block)
+        if marked and self.closed:
+            self.order.wait(block)  # nobody would come to look whether it is done
+            marked = False
         block.plain = self._hot
+        ticket.placed = True
         if not marked:
             self.go_home(ticket)
             return
         handle = block.events[-1][0].handle  # of the stream that released it
-        if block.tier is not Tier.DEVICE or self.order.reuse == "done" or self.closed:
+        if block.tier is not Tier.DEVICE or self.order.reuse == "done":
             self._pending.setdefault(handle, deque()).append(ticket)
         else:
             shelf = self.shelves.of(block.spec)
@@ -175,28 +192,34 @@ class Store:
             _cuda.require()
         moved = self._reclaim()
         for ticket in list(self._parked):
-            if not ticket.block.pinned_by_graph:
-                self.put_back(ticket)
+            # Taken before anything is done with it: a finaliser that runs meanwhile may call the pool, and settle, too.
+            if not ticket.block.pinned_by_graph and ticket in self._parked:
                 self._parked.remove(ticket)
+                ticket.placed = False
+                try:
+                    self.put_back(ticket)
+                except BaseException:
+                    if not ticket.placed:
+                        self._park(ticket)
+                    raise
                 moved = True
-        for handle, line in list(self._pending.items()):
-            moved |= self._settle_line(line)
-            if not line:
-                self._pending.pop(handle, None)
+        for handle in list(self._pending):
+            moved |= self._settle_line(handle)
+            if not self._pending.get(handle, True):
+                del self._pending[handle]
         return moved
 
-    def _settle_line(self, line: deque[Ticket]) -> bool:
+    def _settle_line(self, handle: int) -> bool:
         """Bring home what is done of one stream's pending buffers, which finish in order."""
         moved = False
-        while line:
-            # Taken before it is asked about: a finaliser that runs meanwhile may call the pool, and settle, too.
-            ticket = line.popleft()
+        while line := self._pending.get(handle):
+            ticket = line.popleft()  # as above; and the line, empty now, may be dropped meanwhile
             block, done = ticket.block, False
             try:
                 done = self.order.done(block)
             finally:
                 if not done:
-                    line.appendleft(ticket)
+                    self._pending.setdefault(handle, deque()).appendleft(ticket)
             if not done:
                 break
             moved = True
@@ -217,7 +240,7 @@ class Store:
                 block.spec, f" (allocated at {block.site})" if block.site else "",
             )  # fmt: skip
             self.tell("lost", block)
-            self.put_back(self._issue(block))
+            self._park(self._issue(block))  # `settle` puts it back
         return found
 
     def finish_pending(self) -> None:
@@ -249,19 +272,23 @@ class Store:
             if room is not None and exact <= room < nbytes:
                 nbytes = exact  # rounding is not worth a refusal
             self.ledger.promise(spec.tier, nbytes)
+        kept = False
         try:
             block = Block(spec, nbytes)
+            with self.lock:  # an interrupt may come while it is waited for
+                self.ledger.keep(spec.tier, nbytes)
+                kept = True
+                ticket = self._issue(block)
+                self.peak_count = max(self.peak_count, len(self.blocks))
+                block.pool = self._owner
+                block.home = self.shelves.of(spec).ready.append
+                self.tell("grow", block)
+                return ticket
         except BaseException:
-            with self.lock:
-                self.ledger.withdraw(spec.tier, nbytes)
+            if not kept:
+                with self.lock:
+                    self.ledger.withdraw(spec.tier, nbytes)
             raise
-        with self.lock:
-            self.ledger.keep(spec.tier, nbytes)
-            self.peak_count = max(self.peak_count, len(self.blocks) + 1)
-            block.pool = self._owner
-            block.home = self.shelves.of(spec).ready.append
-            self.tell("grow", block)
-            return self._issue(block)
 
     def grow_or_trim(self, spec: BufferSpec) -> Ticket:
         """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""

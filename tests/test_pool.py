@@ -1,9 +1,11 @@
 """SimpleBufferPool: the contract, and what it adds: classes, stream order, the ladder, captures, lost buffers."""
 
+import copy
 import gc
 import logging
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,9 +17,9 @@ from pool_contract import PoolContract, add_one
 
 from numbabuf import _cuda
 from numbabuf.errors import CaptureError, ClosedError, StaleBufferError, TierFullError
-from numbabuf.memory import EXACT_ABOVE
+from numbabuf.memory import EXACT_ABOVE, Block
 from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.spec import BufferSpec, BufferState, Tier
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -640,8 +642,11 @@ def test_closing_waits_for_released_buffers(streams):
 def capture():
     stream = _cuda.as_stream(None)
     warm = _cuda.empty_device(8)
+    _cuda.zero(warm, stream)
     _cuda.launch(add_one, 1, 4, stream, warm)  # compiled before any capture
-    _cuda.launch(add_one, 1, 4, stream, _cuda.device_view(_cuda.empty_pinned(8), 0, (8,), np.dtype("uint8")))
+    staged = _cuda.empty_pinned(8)
+    staged[:] = 0
+    _cuda.launch(add_one, 1, 4, stream, _cuda.device_view(staged, 0, (8,), np.dtype("uint8")))
     capture = _cuda.Capture(stream)
     yield capture
     if _cuda.capturing():
@@ -897,7 +902,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from numba import cuda
 from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.spec import BufferSpec, BufferState, Tier
 pool = SimpleBufferPool()
 spec = BufferSpec(64, "uint8", Tier.PINNED)
 leased, idle, dropped = pool.allocate(spec), pool.allocate(spec), pool.allocate(spec)
@@ -1099,3 +1104,182 @@ def test_closed_in_the_middle_of_a_reservation(monkeypatch):
     with pytest.raises((ClosedError, TierFullError)):
         pool.reserve([pinned(64), pinned(1000)])
     assert pool.stats().reserved_bytes == 0
+
+
+# ---------------------------------------------------------------------------------- interrupted, called from within
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def two_leases(pool, spec, stream=None):
+    """Two leases at one time never share memory."""
+    one, two = pool.allocate(spec, stream=stream), pool.allocate(spec, stream=stream)
+    assert one.address != two.address
+    pool.check()
+    one.release()
+    two.release()
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_pool_cannot_be_copied(pool, way):
+    with pytest.raises(TypeError, match="a pool cannot be copied or pickled"):
+        way(pool)
+
+
+def test_parked_memory_comes_home_once_where_a_finaliser_looks_meanwhile(pool, capture, monkeypatch):
+    entry = pool.allocate(pinned(64))
+    capture.begin()
+    entry.release()
+    capture.abort()
+    mark, within = pool._store.order.mark_users, []
+
+    def collected(block):
+        if not within:
+            within.append(True)
+            pool.stats()
+        return mark(block)
+
+    monkeypatch.setattr(pool._store.order, "mark_users", collected)
+    pool.stats()
+    assert within
+    two_leases(pool, pinned(64))
+
+
+def test_pending_memory_stays_pending_where_a_finaliser_looks_meanwhile(streams, monkeypatch):
+    _, one, _ = streams
+    with SimpleBufferPool() as pool:
+        pool.allocate(pinned(64)).release(stream=one)
+        within = []
+
+        def not_done(block):
+            if not within:
+                within.append(True)
+                pool.stats()
+            return False
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool._store.order, "done", not_done)
+            assert pool.stats().pending_count == 1 and within
+        gc.collect()
+        assert pool.stats().lost == 0
+
+
+@pytest.mark.parametrize("line", ["own", "others"])
+def test_ordered_memory_stays_ordered_where_a_finaliser_looks_meanwhile(streams, monkeypatch, line):
+    """While a wait is refused, a finaliser finds the stream's line empty, and drops it."""
+    _, one, two = streams
+    with SimpleBufferPool() as pool:
+        entry = pool.allocate(device(64), stream=one)
+        entry.record_stream(two)
+        entry.release()
+
+        def refuse(*_):
+            monkeypatch.undo()
+            pool.allocate(device(64), stream=three).release()
+            raise RuntimeError("broken wait")
+
+        three = _cuda.as_stream(None)
+        monkeypatch.setattr(pool._store.order, "put_behind", refuse)
+        with pytest.raises(RuntimeError, match="broken wait"):
+            pool.allocate(device(64), stream=two if line == "own" else one)
+        gc.collect()
+        assert pool.stats().lost == 0
+        pool.check()
+
+
+@pytest.mark.parametrize("stream", [None, "own"])
+def test_an_interrupt_after_the_release_does_not_give_the_lease_back(stream, monkeypatch):
+    with SimpleBufferPool(events=8) as pool:
+        stream = stream and _cuda.as_stream(None)
+        entry = pool.allocate(device(64), stream=stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool._store.watch, "tell", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                entry.release()
+        two_leases(pool, device(64), stream)
+        if entry.state is not BufferState.FREE:
+            entry.release()
+        two_leases(pool, device(64), stream)
+
+
+def test_an_interrupt_between_the_driver_and_the_account_leaves_no_promise(monkeypatch):
+    with SimpleBufferPool(max_pinned_bytes=1024) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(pool._store.ledger, "keep", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pool.allocate(pinned(1024))
+        pool.allocate(pinned(1024)).release()
+        pool.check()
+
+
+def test_a_class_hit_that_fails_puts_the_buffer_back_in_order(streams, monkeypatch):
+    _, one, two = streams
+    with SimpleBufferPool() as pool:
+        pool.allocate(device(1024), stream=one).release()
+        with monkeypatch.context() as patch:
+            patch.setattr(Block, "become", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                pool.allocate(device(1020), stream=one)
+        gc.collect()
+        assert pool.stats().idle_count == 1 and pool.stats().lost == 0
+        waits = pool.stats().stream_waits
+        pool.allocate(device(1024), stream=two).release()
+        assert pool.stats().stream_waits == waits + 1, "the other stream's work still has to be waited for"
+
+
+def test_lost_memory_that_cannot_be_marked_is_reported_once(streams, monkeypatch, caplog):
+    _, one, _ = streams
+    with SimpleBufferPool() as pool:
+        entry = pool.allocate(pinned(64), stream=one)
+        del entry
+        gc.collect()
+        with monkeypatch.context() as patch:
+            patch.setattr(pool._store.order, "mark_users", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
+            for _ in range(3):
+                assert pool.stats().lost == 1 and pool.stats().pending_count == 1
+        assert pool.stats().lost == 1 and not pool._store._parked and len(caplog.records) == 1
+
+
+def test_what_is_released_with_a_stream_after_the_end_is_freed(streams):
+    _, one, _ = streams
+    pool = SimpleBufferPool()
+    entries = [pool.allocate(pinned(64)), pool.allocate(device(64), stream=one)]
+    pool.close()
+    for entry in entries:
+        entry.release(stream=one)
+    assert pool._store.ledger.total == 0 and not pool._store.blocks, "a release frees, without anybody looking"
+    pool.check()
+
+
+FORK_UNDER_A_LOCK = """
+import os, signal, threading
+from numbabuf import BufferSpec, SimpleBufferPool, memory
+held, over = threading.Event(), threading.Event()
+
+def hold():
+    with memory._registry_lock:
+        held.set()
+        over.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # ends a child that waits for ever
+    SimpleBufferPool().allocate(BufferSpec(8, "uint8", "pinned")).release()
+    os._exit(0)
+over.set()
+thread.join()
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or not _cuda.SIM, reason="no driver works in a forked child")
+def test_a_fork_while_another_thread_registers_memory():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK_UNDER_A_LOCK], capture_output=True, text=True, timeout=100, cwd=ROOT
+    )
+    assert done.stdout.strip() == "0", done.stderr
