@@ -7,20 +7,22 @@ that calls it. What cannot be prewarmed leaves everything as it was, counted. No
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from . import _cuda, buckets, html
 from .demand import DemandModel
-from .errors import NumbabufError
-from .graph import Step
-from .manager import InputBufferManager
+from .errors import BusyError, NumbabufError
+from .graph import CapturedStep, Step
+from .manager import InputBufferManager, _managers
 from .pool import BufferPool
 from .progress import stopped, track
 from .spec import BufferSpec
@@ -97,6 +99,8 @@ class PredictiveBufferManager(InputBufferManager):
         clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> None:
+        if demand is not None and not isinstance(demand, DemandModel):
+            raise TypeError(f"demand is {demand!r}: give a DemandModel, or None for a new one")
         super().__init__(pool, max_batch_size, max_seq_len, **options)
         given = self._bucket_lists.get("tokens")
         self.max_size = buckets.validate(
@@ -113,9 +117,10 @@ class PredictiveBufferManager(InputBufferManager):
         self._specs = specs
         self._clock = clock
         self._recent: deque[int] = deque(maxlen=max(4096, 4 * window))
-        self._learning = threading.Lock()  # one thread learns or prewarms at a time; taken before every other lock
-        self._expected: frozenset[int] = frozenset()  # the sizes last forecast
-        self._made: dict[int, int] = {}  # tokens of a prewarmed graph -> device bytes it took
+        # One thread learns or prewarms at a time; taken before every other lock, and again by a function that asks.
+        self._learning = threading.RLock()
+        self._expected: frozenset[int] = frozenset()  # the model's buckets last forecast
+        self._made: dict[CapturedStep, int] = {}  # a prewarmed graph -> device bytes it took
         self._hits = self._misses = self._captures = self._failures = self._unused = self._closings = 0
         self._capture_seconds = self._model_seconds = 0.0
         self._reserved_bytes = 0
@@ -198,10 +203,10 @@ class PredictiveBufferManager(InputBufferManager):
 
     def _forecast(self, n: int) -> list[int]:
         began = self._clock()
-        sizes = [min(int(forecast.size), self.max_tokens) for forecast in self._demand.forecast(n)]
-        self._expected = frozenset(int(size) for size in sizes)
+        sizes = [int(forecast.size) for forecast in self._demand.forecast(n)]
+        self._expected = frozenset(sizes)
         self._model_seconds += self._clock() - began
-        return sizes
+        return list(dict.fromkeys(min(size, self.max_tokens) for size in sizes))
 
     # --------------------------------------------------------------------------------------------------- prewarm
 
@@ -242,9 +247,11 @@ class PredictiveBufferManager(InputBufferManager):
         -----
         A graph that fails, or no longer fits a budget, is left out, and counted in `stats()`. A graph that is no longer
         in the plan is closed, once its last replay is done, when all planned ones are there. Does nothing in a thread
-        that has a capture open.
+        that has a capture open, and captures nothing while another thread captures with this manager.
         """
-        if threading.get_ident() in _cuda.captures:
+        if fn is not None and not callable(fn):
+            raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
+        if threading.get_ident() in _cuda.captures or self.closed:
             return ()
         with self._learning:
             self._learn()
@@ -276,8 +283,8 @@ class PredictiveBufferManager(InputBufferManager):
             if not self._fits_bytes():
                 why = f"the budget of {self._byte_budget:,} bytes is spent"
                 break
-            if not self._capture_one((size, *full), fn):
-                why = f"the graph for {size} tokens failed, see the log"
+            why = self._capture_one((size, *full), fn)
+            if why:
                 break
             captured.append(size)
             if len(present) + len(captured) > self.max_graphs:
@@ -313,12 +320,30 @@ class PredictiveBufferManager(InputBufferManager):
             ready.append(best)
         return order
 
-    def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> bool:
-        """Capture one size and put it in service; False, counted, when that fails."""
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """As `_exclusive`, but without waiting for a capture that may itself be waiting for what was learned."""
+        if not self._capturing.acquire(blocking=False):
+            raise BusyError("another thread captures")
+        try:
+            self._capturer = threading.get_ident()
+            yield
+        finally:
+            self._capturer = None
+            self._capturing.release()
+
+    def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> str:
+        """Capture one size and put it in service; return why not, counted where that failed, else nothing."""
         before = _cuda.memory_info()
         try:
-            with self._exclusive():
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(self._turn())
+                except BusyError as error:
+                    return str(error)
                 with self._lock:
+                    if self._function is not fn:
+                        return "the graphs were closed, or captured anew, meanwhile"
                     self._ready()
                     recording = self._recording(sizes)
                 with recording as step:
@@ -328,11 +353,12 @@ class PredictiveBufferManager(InputBufferManager):
         except Exception as error:  # degrade to what was there: whatever was wrong, the graphs in service are right
             self._failures += 1
             _log.warning("prewarming a graph for %s failed: %s", dict(zip(self._axes, sizes, strict=True)), error)
-            return False
+            return f"the graph for {sizes[0]} tokens failed, see the log"
         after = _cuda.memory_info()
-        self._made[sizes[0]] = max(0, before[0] - after[0]) if before and after else 0
-        self._captures += 1
-        return True
+        with self._lock:
+            self._made[recording.captured] = max(0, before[0] - after[0]) if before and after else 0
+            self._captures += 1
+        return ""
 
     def _drop_one(self, planned: list[int], full: tuple[int, ...]) -> bool:
         """Take the least used graph that the plan does not want out of service; False if there is none."""
@@ -342,16 +368,24 @@ class PredictiveBufferManager(InputBufferManager):
                 return False
             graph = min(spare, key=lambda graph: graph.steps)
             self._service.exchange([graph], [])
-        self._closings += 1
-        self._unused += graph.steps == 0
-        self._made.pop(graph.sizes[0], None)
+            self._closings += 1
+            self._settle()
         return True
+
+    def _settle(self) -> None:
+        """Settle the account of prewarmed graphs that are no longer in service. Holds the manager's lock."""
+        present = set(self._service)
+        for graph in [graph for graph in self._made if graph not in present]:
+            self._unused += graph.steps == 0
+            del self._made[graph]
 
     def _fits_bytes(self) -> bool:
         """Whether one more graph, as large as the largest so far, stays within the byte budget."""
         if self._byte_budget is None:
             return True
-        taken = sum(self._made.values()) + self._reserved_bytes
+        with self._lock:
+            self._settle()
+            taken = sum(self._made.values()) + self._reserved_bytes
         return taken + max(self._made.values(), default=0) <= self._byte_budget
 
     def _prewarm_buffers(self) -> None:
@@ -387,16 +421,18 @@ class PredictiveBufferManager(InputBufferManager):
             raise ValueError(f"interval_s is {interval_s!r}: give a positive number of seconds that a thread can wait")
         with self._lock:
             self._check_open()
-            if self._worker is not None:
+            if self._worker is not None and self._worker.is_alive():
                 return
-            self._stopping.clear()
+            self._stopping = threading.Event()  # this thread's own: the end of an earlier one cannot end it
             self._worker = threading.Thread(
-                target=self._work, args=(float(interval_s),), name="numbabuf-prewarm", daemon=True
+                target=self._work, args=(float(interval_s), self._stopping), name="numbabuf-prewarm", daemon=True
             )
             self._worker.start()
 
-    def _work(self, interval_s: float) -> None:
-        while not self._stopping.wait(interval_s):
+    def _work(self, interval_s: float, stopping: threading.Event) -> None:
+        if self._device:  # a new thread begins on device 0
+            _cuda.cuda.select_device(self._device)
+        while not stopping.wait(interval_s) and not self.closed:
             try:
                 self.prewarm()
             except Exception as error:  # closed under the thread, or a device that is gone: the next step says so
@@ -404,34 +440,38 @@ class PredictiveBufferManager(InputBufferManager):
                 _log.warning("prewarming failed: %s", error)
 
     def stop(self) -> None:
-        """End the background thread and wait for it. Doing it again does nothing."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
+        """End the background thread and wait for it, but in a function that it captures. Again, it does nothing."""
+        with self._lock:
+            worker, self._worker = self._worker, None
             self._stopping.set()
+        if worker is not None and worker is not threading.current_thread():
             worker.join()
 
     def close(self) -> None:
         """Stop the thread, then as `InputBufferManager.close`."""
+        if self._capturer == threading.get_ident():
+            self._check_no_capture()  # before the thread is stopped: what is refused changes nothing
         self.stop()
         super().close()
 
     def close_graphs(self) -> None:
         """As `InputBufferManager.close_graphs`."""
-        super().close_graphs()
-        self._made.clear()
+        with self._lock:
+            super().close_graphs()
+            self._settle()
 
     def prediction(self) -> PredictionStats:
         """Return one snapshot of how the predictions did."""
         with self._learning:
             self._learn()
             with self._lock:
-                prewarmed = [graph for graph in self._service if graph.sizes[0] in self._made]
+                self._settle()
                 return PredictionStats(
                     hits=self._hits,
                     misses=self._misses,
                     unserved=self._overflows,
                     warmed=self._captures,
-                    warmed_unused=self._unused + sum(graph.steps == 0 for graph in prewarmed),
+                    warmed_unused=self._unused + sum(graph.steps == 0 for graph in self._made),
                     closed=self._closings,
                     failures=self._failures,
                     graph_bytes=sum(self._made.values()),
@@ -447,3 +487,13 @@ def _size_and_room(size: int) -> str:
     """What a progress bar says while a size is captured."""
     free = _cuda.memory_info()
     return f"{size} tokens" + (f", {html.nbytes(free[0])} free" if free else "")
+
+
+def _after_fork_in_child() -> None:
+    for manager in list(_managers):
+        if isinstance(manager, PredictiveBufferManager):
+            manager._learning, manager._worker = threading.RLock(), None  # threads do not survive a fork
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -8,6 +8,7 @@ import pytest
 from numbabuf import BufferSpec, PredictiveBufferManager, SimpleBufferPool
 from numbabuf._cuda import cuda, launch_shape
 from numbabuf.demand import DemandModel
+from numbabuf.errors import BusyError
 
 CAPACITY = 256
 
@@ -252,3 +253,134 @@ def test_an_earlier_model_is_gone_on_with(make, tmp_path):
     first.demand.save(tmp_path / "demand.npz")
     second = make(demand=DemandModel.load(tmp_path / "demand.npz"))
     assert second.plan_buckets(3) == first.plan_buckets(3) == (5, 60, CAPACITY)
+
+
+def test_a_forecast_names_a_size_once_and_hits_count_beyond_the_capacity_too(make):
+    manager = make(max_batch_size=1, max_seq_len=100)
+    for size in [100] * 200:
+        manager.record_usage(size)
+    assert manager.predict_next_sizes(1) == [100]
+    for _ in range(5):
+        manager.record_usage(100)
+    assert (manager.prediction().hits, manager.prediction().misses) == (5, 0)
+    sizes = manager.predict_next_sizes(50)
+    assert len(sizes) == len(set(sizes))
+
+
+def test_only_graphs_captured_ahead_count_as_warmed_in_vain_closed_ones_included(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    for size in [3, 5, 40] * 40:
+        manager.record_usage(size)
+    assert len(manager.prewarm()) == 3
+    assert (manager.prediction().warmed, manager.prediction().warmed_unused) == (3, 3)
+    manager.close_graphs()
+    assert (manager.prediction().warmed, manager.prediction().warmed_unused) == (3, 3)
+
+
+def test_what_is_no_function_and_no_demand_is_refused(make):
+    manager = make()
+    with pytest.raises(TypeError, match="give a function"):
+        manager.prewarm(5)
+    assert manager.prediction().failures == 0
+    with pytest.raises(TypeError, match="DemandModel"):
+        make(demand={})
+
+
+def test_a_closed_manager_prewarms_nothing(make):
+    with SimpleBufferPool() as pool:
+        manager = make(pool=pool, specs=lambda n: [BufferSpec(n)])
+        for _ in range(40):
+            manager.record_usage(3)
+        manager.close()
+        assert manager.prewarm() == () and pool.stats().reserved_bytes == 0
+
+
+def test_prewarming_ends_when_the_graphs_are_captured_anew_meanwhile(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    for size in [3, 5, 40] * 40:
+        manager.record_usage(size)
+    other = Doubler()
+
+    def old(step):
+        manager._function = other  # as capture_buckets of another thread does
+        return fn(step)
+
+    assert len(manager.prewarm(old)) == 1
+    assert manager.prediction().failures == 0
+
+
+@pytest.mark.parametrize("ask", ["demand", "close", "stop"])
+def test_a_capture_may_ask_while_the_thread_prewarms(make, ask):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    run(manager, [3, 5, 40] * 40)
+    began = threading.Event()
+    with manager.capture(8) as step:
+
+        def prewarm():
+            began.set()
+            manager.prewarm()
+
+        other = threading.Thread(target=prewarm, daemon=True)
+        other.start()
+        assert began.wait(60)
+        other.join(60)
+        assert not other.is_alive(), "it waits for the capture, and would hold what the capture may ask for"
+        if ask == "close":
+            with pytest.raises(BusyError):
+                manager.close()
+        elif ask == "stop":
+            manager.stop()
+        else:
+            assert len(manager.demand) == 120
+        step.result = fn(step)
+    run(manager, [3, 8])
+
+
+def test_a_captured_function_may_ask_and_stop_its_own_thread(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    run(manager, [3, 5, 40] * 40)
+    asked = threading.Event()
+
+    def curious(step):
+        if manager._learning.acquire(blocking=False):  # what prediction() takes; a plain lock would hang here
+            manager._learning.release()
+            manager.prediction()
+            manager.stop()
+        asked.set()
+        return fn(step)
+
+    manager._function = curious
+    manager.start(1e-3)
+    (worker,) = [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
+    assert asked.wait(60)
+    worker.join(60)
+    assert not worker.is_alive() and manager.prediction().failures == 0
+
+
+def test_a_fork_leaves_no_lock_taken(make):
+    import gc
+
+    from numbabuf.predictive import _after_fork_in_child
+
+    gc.collect()
+    manager = make()
+    held, go = threading.Event(), threading.Event()
+
+    def hold():
+        with manager._learning:
+            held.set()
+            go.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    _after_fork_in_child()
+    try:
+        assert manager._learning.acquire(blocking=False)
+    finally:
+        go.set()
+        other.join()
