@@ -432,6 +432,8 @@ class PredictiveBufferManager(InputBufferManager):
     def _work(self, interval_s: float, stopping: threading.Event) -> None:
         if self._device:  # a new thread begins on device 0
             _cuda.cuda.select_device(self._device)
+        with contextlib.suppress(NumbabufError):  # prewarm says so, if there is no device any more
+            _cuda.require()  # before the collector runs here: Numba destroys what it finds in this thread's context
         while not stopping.wait(interval_s) and not self.closed:
             try:
                 self.prewarm()
