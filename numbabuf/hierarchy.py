@@ -199,6 +199,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
         entry = TieredEntry(plain._held.pop(), spec)
         entry._record = record = Record(next(self._keys), entry, self._gone)
         with self._lock:
+            if self._gone:
+                self._sweep()
             self._records[record.key] = record
             self._places[entry.tier].add(record.key)
         return entry
@@ -277,7 +279,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 entry.use_count += 1
             seen = [entry._record.mark for entry in chosen]
         try:
-            yield [entry.device_array for entry in chosen]
+            yield [entry._held[0].block.device_view() for entry in chosen]
         finally:
             with self._lock, claims:
                 if not capturing or threading.get_ident() not in _cuda.captures:
@@ -287,6 +289,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """Put one mark behind a lease's work, and behind that of leases on other streams that ended meanwhile."""
         after = None
         try:
+            for entry in entries:  # what holds if an interrupt comes before the mark
+                entry._held[0].block.users = (*entry._held[0].block.users, stream)
+                entry._held[0].block.plain = False
             if entries and threading.get_ident() not in _cuda.captures:  # one begun within the lease takes the event
                 for entry, mark in zip(entries, seen, strict=True):
                     if entry._record.mark is not mark:
@@ -294,11 +299,11 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 after = Mark(stream, self._mover.spare)
         except Exception:  # without a mark, who comes next asks the block for its users, and orders itself after them
             pass
-        for entry in entries:
-            block = entry._held[0].block
-            entry._record.mark = after
-            block.users = (stream,) if after is not None else (*block.users, stream)
-            block.plain = False
+        finally:
+            for entry in entries:
+                entry._record.mark = after
+                if after is not None:
+                    entry._held[0].block.users = (stream,)
 
     def _order_after(self, entry: TieredEntry, stream: Any) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
@@ -550,9 +555,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 self._drop_copy(record)
 
     def _drop_copy(self, record: Record) -> None:
-        if record.copy is not None:
-            self._store.retire(record.copy)
-            record.copy = None
+        copy, record.copy = record.copy, None  # first: an interrupt may come when the store has it already
+        if copy is not None:
+            self._store.retire(copy)
 
     def _sweep(self) -> None:
         """See to the buffers that were lost, and to memory that was under graphs which are closed by now."""
@@ -576,10 +581,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
         self._leave_home(record)
 
     def _leave_home(self, record: Record) -> None:
-        if record.home is not None:
-            self._store.retire(record.home)
-            record.home = None
+        home, record.home = record.home, None
+        if home is not None:
             self._homes.discard(record.key)
+            self._store.retire(home)
 
     # ------------------------------------------------------------------------------------------------- one transaction
 
@@ -645,13 +650,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
         record, old = entry._record, entry._held[0]
         up = ORDER.index(new.block.tier) < ORDER.index(old.block.tier)
         clean = new is record.copy
-        entry._held[0] = new
-        self._places[old.block.tier].discard(record.key)
-        self._places[new.block.tier].add(record.key)
-        if not clean:
+        if not clean:  # before the swap: at no moment, an interrupt's included, is the new memory without its mark
             record.mark = mark
             new.block.users = old.block.users = (self._mover.stream,)
         new.block.plain = old.block.plain = False
+        entry._held[0] = new
+        self._places[old.block.tier].discard(record.key)
+        self._places[new.block.tier].add(record.key)
         record.copy = None if clean else record.copy
         if new is record.home:
             record.home = None

@@ -87,8 +87,10 @@ class TieredEntry(BufferEntry):
     def _fix(self) -> None:
         block = self._block("used")
         pool = block.pool()
-        if pool is not None and not self._record.fixed and not self._record.uses:
-            pool._fix(self)
+        if pool is not None and not self._record.fixed:
+            with pool._lock:  # a move by another thread counts as a use, and has ended when the lock is had
+                if not self._record.uses:
+                    pool._fix(self)
 
     @property
     def tier(self) -> Tier:

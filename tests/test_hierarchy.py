@@ -782,3 +782,105 @@ def test_stats_and_repr(make, stream):
     assert stats.in_use_bytes + stats.idle_bytes + stats.pending_bytes == stats.reserved_bytes == 1536
     assert "1536 bytes" in repr(pool) and "Hierarchical" in repr(pool)
     assert pool.tier_of(a) is Tier.DEVICE and pool.tier_of(b) is Tier.PINNED
+
+
+# ------------------------------------------------------------------------------------------- interrupted, from elsewhere
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_use_whose_mark_is_interrupted_keeps_its_place_in_the_order(make, stream, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(64))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with pool.use([entry], stream=stream):
+            patch.setattr(hierarchy, "Mark", interrupt)
+    assert entry.movable and entry._record.mark is None
+    assert entry._held[0].block.users[-1] is stream, "who comes next waits for the work of the use"
+
+
+class Interrupting(set):
+    """Where a swap notes the tier that a buffer is in."""
+
+    def discard(self, key):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_swap_leaves_no_buffer_without_its_mark(monkeypatch):
+    pool = HierarchicalBufferPool(device_bytes=4096, pinned_bytes=4096)
+    entry = pool.allocate(spec(64))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(pool._places, Tier.DEVICE, Interrupting(pool._places[Tier.DEVICE]))
+        pool.demote([entry])
+    assert entry.tier is Tier.DEVICE or entry._record.mark is not None, "its contents are still being copied"
+
+
+def test_a_copy_whose_end_is_interrupted_is_nobodys_twice(make, stream, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(64, Tier.PINNED))
+    pool.promote([entry])
+    retire = pool._store.retire
+
+    def interrupted(ticket):
+        retire(ticket)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pool._store, "retire", interrupted)
+        with pool.use([entry], stream=stream):
+            pass
+    pool.check()
+    assert entry._record.copy is None
+
+
+class Noting:
+    """A lock that says when it is asked for."""
+
+    def __init__(self, lock, asked):
+        self.lock, self.asked = lock, asked
+
+    def __enter__(self):
+        self.asked()
+        return self.lock.__enter__()
+
+    def __exit__(self, *exc):
+        return self.lock.__exit__(*exc)
+
+
+def test_an_address_taken_while_another_thread_moves_the_buffer_is_fixed(make, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(64))
+    pool.demote([entry])
+    run, came, found = pool._mover.run, threading.Event(), []
+
+    def take():
+        found.append(entry.address)
+        came.set()
+
+    other = threading.Thread(target=take)
+
+    def move(moves):
+        other.start()
+        assert came.wait(60)
+        return run(moves)
+
+    def asked():
+        if threading.current_thread() is other:
+            came.set()
+
+    monkeypatch.setattr(pool._mover, "run", move)
+    monkeypatch.setattr(pool._store, "lock", Noting(pool._store.lock, asked))
+    pool.promote([entry])
+    monkeypatch.undo()
+    other.join()
+    assert found == [entry._held[0].block.address] and not entry.movable
+
+
+def test_lost_buffers_are_forgotten_as_others_come(make, caplog):
+    pool = make()
+    for _ in range(20):
+        pool.allocate(spec(64))
+        gc.collect()
+    assert len(pool._records) <= 2

@@ -312,6 +312,15 @@ def test_a_damaged_record_counts_as_none(cache, text):
     assert calibration.recorded() == calibration.Tuning()
 
 
+def test_a_user_without_a_home_has_no_record(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(calibration.Path, "home", no_home)
+    assert calibration.recorded() == calibration.Tuning()
+
+
 def test_calibration_finds_the_fewest_blocks_and_the_crossover(cache, monkeypatch):
     monkeypatch.setattr(_cuda, "SIM", False)  # records even here; nothing is run
 
