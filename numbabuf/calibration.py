@@ -47,7 +47,7 @@ def recorded() -> Tuning:
     try:
         found = json.loads(path().read_text())
         tuning = Tuning(blocks=found["blocks"], engine_bytes=found["engine_bytes"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # the last: the user has no home folder
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # RuntimeError: no home folder
         return Tuning()
     sizes = (tuning.blocks, 1 if tuning.engine_bytes is None else tuning.engine_bytes)
     return tuning if all(type(size) is int and size > 0 for size in sizes) else Tuning()

@@ -307,6 +307,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def _order_after(self, entry: TieredEntry, stream: Any) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
+        _cuda.require()  # this thread may never have called the driver before
         mark, block, order = entry._record.mark, entry._held[0].block, self._store.order
         if mark is not None:
             mark.wait(stream)
@@ -399,6 +400,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             if entry.tier is not entry.spec.tier:
                 self._store.refuse_closed()
                 self._transfer([(entry, entry.spec.tier)])
+            _cuda.require()
             if record.mark is not None:
                 record.mark.synchronize()
             elif entry.use_count and not _cuda.captures:  # a use that could not be marked

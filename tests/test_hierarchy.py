@@ -784,7 +784,7 @@ def test_stats_and_repr(make, stream):
     assert pool.tier_of(a) is Tier.DEVICE and pool.tier_of(b) is Tier.PINNED
 
 
-# ------------------------------------------------------------------------------------------- interrupted, from elsewhere
+# ------------------------------------------------------------------------------------------ interrupted, other threads
 
 
 def interrupt(*_):

@@ -2,6 +2,7 @@
 driver call failed in turn."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -296,3 +297,28 @@ def test_managed_memory_stays_on_the_host_where_the_driver_offers_it(stub):
         entry.release()
         other.release()
         pool.check()
+
+
+@pytest.mark.parametrize("what", ["use", "address"])
+def test_a_thread_that_never_called_the_driver_may_have_a_moved_buffer(stub, what):
+    pool, stream, failed = HierarchicalBufferPool(device_bytes=4096, pinned_bytes=4096), _cuda.as_stream(None), []
+    entry = pool.allocate(BufferSpec(64, "uint8"))
+    pool.demote([entry])
+    pool.promote([entry])
+
+    def take():
+        try:
+            if what == "address":
+                assert entry.address
+            else:
+                with pool.use([entry], stream=stream):
+                    pass
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    assert not failed
+    entry.release()
+    pool.close()
