@@ -563,18 +563,23 @@ class InputBufferManager:
                 self._service.adopt([recording.captured])
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """The right to capture: one at a time, and the slots' memory stays where it is meanwhile."""
-        if get_ident() in _cuda.captures:
+    def _exclusive(self, *, wait: bool = True) -> Iterator[None]:
+        """The right to capture: one at a time, and the slots' memory stays where it is meanwhile.
+
+        Without `wait`, BusyError while anybody captures.
+        """
+        if wait and get_ident() in _cuda.captures:
             raise CaptureError("this thread already has a capture open: end it before beginning another")
-        if self._capturer == get_ident():
+        if wait and self._capturer == get_ident():
             raise CaptureError("this thread is capturing with this manager: a captured function cannot capture others")
-        with self._capturing:
-            try:
-                self._capturer = get_ident()
-                yield
-            finally:
-                self._capturer = None
+        if not self._capturing.acquire(blocking=wait):
+            raise BusyError("another thread captures")
+        try:
+            self._capturer = get_ident()
+            yield
+        finally:
+            self._capturer = None
+            self._capturing.release()
 
     def capture_buckets(
         self,
@@ -815,6 +820,11 @@ class InputBufferManager:
             if self._own_pool:
                 self._pool.close()
 
+    def _disown(self) -> None:
+        """In a forked child: be closed, and leave the memory to the parent."""
+        self._lock, self._capturing = threading.RLock(), threading.Lock()  # another thread may have held them
+        self.closed = True  # the driver does not serve a forked process, so there is nothing to give back
+
     def __reduce__(self) -> NoReturn:
         raise TypeError("a manager cannot be copied or pickled: its memory and graphs are this one's; make another")
 
@@ -878,8 +888,7 @@ _managers: weakref.WeakSet[InputBufferManager] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for manager in list(_managers):
-        manager._lock, manager._capturing = threading.RLock(), threading.Lock()  # another thread may have held them
-        manager.closed = True  # the driver does not serve a forked process, so there is nothing to give back
+        manager._disown()
 
 
 if hasattr(os, "register_at_fork"):

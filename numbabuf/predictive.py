@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from . import _cuda, buckets, html
 from .demand import DemandModel
 from .errors import BusyError, NumbabufError
 from .graph import CapturedStep, Step
-from .manager import InputBufferManager, _managers
+from .manager import InputBufferManager
 from .pool import BufferPool
 from .progress import stopped, track
 from .spec import BufferSpec
@@ -320,25 +319,13 @@ class PredictiveBufferManager(InputBufferManager):
             ready.append(best)
         return order
 
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """As `_exclusive`, but without waiting for a capture that may itself be waiting for what was learned."""
-        if not self._capturing.acquire(blocking=False):
-            raise BusyError("another thread captures")
-        try:
-            self._capturer = threading.get_ident()
-            yield
-        finally:
-            self._capturer = None
-            self._capturing.release()
-
     def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> str:
         """Capture one size and put it in service; return why not, counted where that failed, else nothing."""
         before = _cuda.memory_info()
         try:
             with contextlib.ExitStack() as stack:
-                try:
-                    stack.enter_context(self._turn())
+                try:  # a capture that is waited for may itself wait for what this thread is learning
+                    stack.enter_context(self._exclusive(wait=False))
                 except BusyError as error:
                     return str(error)
                 with self._lock:
@@ -456,6 +443,10 @@ class PredictiveBufferManager(InputBufferManager):
         self.stop()
         super().close()
 
+    def _disown(self) -> None:
+        super()._disown()
+        self._learning, self._worker = threading.RLock(), None  # threads do not survive a fork
+
     def close_graphs(self) -> None:
         """As `InputBufferManager.close_graphs`."""
         with self._lock:
@@ -489,13 +480,3 @@ def _size_and_room(size: int) -> str:
     """What a progress bar says while a size is captured."""
     free = _cuda.memory_info()
     return f"{size} tokens" + (f", {html.nbytes(free[0])} free" if free else "")
-
-
-def _after_fork_in_child() -> None:
-    for manager in list(_managers):
-        if isinstance(manager, PredictiveBufferManager):
-            manager._learning, manager._worker = threading.RLock(), None  # threads do not survive a fork
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
