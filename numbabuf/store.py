@@ -429,7 +429,10 @@ class Store:
             self.closed = self.closed or reason
             self.set_hot()
             self.finish_pending()
-            return self.free_idle(self.ledger.total, tuple(Tier))
+            freed = self.free_idle(self.ledger.total, tuple(Tier))
+            # Here and now: what dies in a cycle Numba destroys in whatever thread the collector runs, context or none.
+            self.order.spare.clear()
+            return freed
 
     def refuse_closed(self) -> None:
         """Raise ClosedError if the pool is closed."""
