@@ -258,31 +258,32 @@ class HierarchicalBufferPool(SimpleBufferPool):
         chosen = self._mine(entries)
         wrapped = self._mover.stream if stream is None else _cuda.as_stream(stream)
         capturing = threading.get_ident() in _cuda.captures
-        with self._lock, contextlib.ExitStack() as undo:
-            self._store.refuse_closed()
-            undo.enter_context(self._claimed(chosen))
-            for entry in chosen:
-                if not entry._record.fixed:
-                    self.policy.touch(entry._record.key, entry.nbytes, write=write)
-            self._bring_up(chosen, insist=not in_place, judge=in_place)
-            if not capturing:
-                for entry in chosen:
-                    self._order_after(entry, wrapped)
-            claims = undo.pop_all()  # they last until the end of the lease
-            for entry in chosen:
-                if write:
-                    self._drop_copy(entry._record)
-                if entry.tier is not Tier.DEVICE:
-                    self._moved["in_place"] += 1
-                entry._state = BufferState.IN_USE
-                entry.last_used = time.monotonic()
-                entry.use_count += 1
-            seen = [entry._record.mark for entry in chosen]
+        claims = contextlib.ExitStack()
+        seen: list[Mark | None] = []  # none before the lease has begun
         try:
+            with self._lock:
+                self._store.refuse_closed()
+                claims.enter_context(self._claimed(chosen))
+                for entry in chosen:
+                    if not entry._record.fixed:
+                        self.policy.touch(entry._record.key, entry.nbytes, write=write)
+                self._bring_up(chosen, insist=not in_place, judge=in_place)
+                if not capturing:
+                    for entry in chosen:
+                        self._order_after(entry, wrapped)
+                for entry in chosen:
+                    if write:
+                        self._drop_copy(entry._record)
+                    if entry.tier is not Tier.DEVICE:
+                        self._moved["in_place"] += 1
+                    entry._state = BufferState.IN_USE
+                    entry.last_used = time.monotonic()
+                    entry.use_count += 1
+                seen = [entry._record.mark for entry in chosen]
             yield [entry._held[0].block.device_view() for entry in chosen]
         finally:
-            with self._lock, claims:
-                if not capturing or threading.get_ident() not in _cuda.captures:
+            with self._store.ending(), claims:
+                if seen and (not capturing or threading.get_ident() not in _cuda.captures):
                     self._mark_use(chosen, seen, wrapped)
 
     def _mark_use(self, entries: Sequence[TieredEntry], seen: Sequence[Mark | None], stream: Any) -> None:
@@ -292,7 +293,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             for entry in entries:  # what holds if an interrupt comes before the mark
                 entry._held[0].block.users = (*entry._held[0].block.users, stream)
                 entry._held[0].block.plain = False
-            if entries and threading.get_ident() not in _cuda.captures:  # one begun within the lease takes the event
+            if threading.get_ident() not in _cuda.captures:  # one begun within the lease takes the event
                 for entry, mark in zip(entries, seen, strict=True):
                     if entry._record.mark is not mark:
                         self._order_after(entry, stream)

@@ -422,13 +422,13 @@ class SimpleBufferPool(BufferPool):
         Cost: while a scope is open, leases and releases take the pool's lock.
         """
         scope, store = Scope(), self._store
-        with store.lock:
-            store.watch.open(scope)
-            store.set_hot()
         try:
+            with store.lock:
+                store.watch.open(scope)
+                store.set_hot()
             yield scope
         finally:
-            with store.lock:
+            with store.ending():
                 store.watch.close(scope)
                 store.set_hot()
 

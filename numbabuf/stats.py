@@ -308,8 +308,8 @@ class Watch:
         self._scopes.append(scope)
 
     def close(self, scope: Scope) -> None:
-        """Have `scope` count no more."""
-        self._scopes.remove(scope)
+        """Have `scope` count no more; one that never began to is no error."""
+        self._scopes = [each for each in self._scopes if each is not scope]
 
     def tell(self, kind: str, block: Any) -> None:
         """Note that something of `EVENT_KINDS` happened to a `memory.Block`. Holds the pool's lock."""

@@ -6,10 +6,11 @@ is none, and may climb the `ladder`. Sits above `ordering` and `shelves`, below 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import _cuda
@@ -406,6 +407,20 @@ class Store:
         return ticket
 
     # ------------------------------------------------------------------------------------------- open, watched, closed
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Hold the lock to end what was begun: an interrupt of the wait for it is raised when that is done."""
+        held = False
+        try:
+            with self.lock:
+                held = True
+                yield
+        except BaseException:
+            if not held:
+                with self.lock:  # an interrupt of this wait comes through: somebody insists
+                    yield
+            raise
 
     def set_hot(self) -> None:
         """Send every lease by the locked way while somebody watches or the pool is closed, else let hits go past it."""

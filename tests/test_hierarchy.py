@@ -849,6 +849,33 @@ class Noting:
         return self.lock.__exit__(*exc)
 
 
+def test_a_use_whose_end_is_interrupted_at_the_lock_has_ended(make, stream, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(64))
+    interrupts = [KeyboardInterrupt]
+
+    def asked():
+        if interrupts:
+            raise interrupts.pop()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        with pool.use([entry], stream=stream):
+            patch.setattr(pool._store, "lock", Noting(pool._store.lock, asked))
+    assert caught and entry.movable and entry._record.mark is not None, "its work is marked, for who comes next to wait for"
+    entry.release()
+
+
+def test_a_use_that_is_interrupted_as_it_begins_claims_nothing(make, stream, monkeypatch):
+    pool = make()
+    entry = pool.allocate(spec(64, Tier.PINNED))
+    pool.promote([entry])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(pool._store, "retire", interrupt)
+        with pool.use([entry], stream=stream):
+            pass
+    assert entry.movable and caught, "while the error, and all that its traceback refers to, is alive"
+
+
 def test_an_address_taken_while_another_thread_moves_the_buffer_is_fixed(make, monkeypatch):
     pool = make()
     entry = pool.allocate(spec(64))

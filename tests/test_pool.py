@@ -1204,6 +1204,51 @@ def test_an_interrupt_after_the_release_does_not_give_the_lease_back(stream, mon
         two_leases(pool, device(64), stream)
 
 
+class Interrupted:
+    """A lock, the wait for which is interrupted once."""
+
+    def __init__(self, lock):
+        self.lock, self.interrupts = lock, [KeyboardInterrupt]
+
+    def __enter__(self):
+        if self.interrupts:
+            raise self.interrupts.pop()
+        return self.lock.__enter__()
+
+    def __exit__(self, *exc):
+        return self.lock.__exit__(*exc)
+
+
+def test_a_scope_whose_end_is_interrupted_at_the_lock_is_closed(pool, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        with pool.statistics() as scope:
+            monkeypatch.setattr(pool._store, "lock", Interrupted(pool._store.lock))
+    monkeypatch.undo()
+    pool.allocate(pinned(64)).release()
+    assert scope.stats().total_count == 0 and not pool._store.watch.active
+
+
+@pytest.mark.parametrize("where", ["lock", "set_hot"])
+def test_a_scope_whose_beginning_is_interrupted_is_closed(pool, monkeypatch, where):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if where == "lock":
+            patch.setattr(pool._store, "lock", Interrupted(pool._store.lock))
+        else:
+            set_hot, interrupts = pool._store.set_hot, [KeyboardInterrupt]
+
+            def set_hot_interrupted():
+                set_hot()
+                if interrupts:
+                    raise interrupts.pop()
+
+            patch.setattr(pool._store, "set_hot", set_hot_interrupted)
+        with pool.statistics():
+            pass
+    pool.allocate(pinned(64)).release()
+    assert not pool._store.watch.active
+    assert pool._hot, "leases go past the lock again"
+
+
 def test_an_interrupt_between_the_driver_and_the_account_leaves_no_promise(monkeypatch):
     with SimpleBufferPool(max_pinned_bytes=1024) as pool:
         with monkeypatch.context() as patch:
