@@ -112,6 +112,10 @@ class BufferEntry:
         if block.plain and stream is None and not _open_captures:
             del self.array
             block.home(ticket)
+            # A close makes all blocks not plain, then frees what is idle. Where it comes between the look above and
+            # the way home, it misses this one, and the look here finds that out; one that comes later frees it.
+            if not block.plain:
+                self._arrive_late(block)
         else:
             self._release_slowly(ticket, block, stream)
 
@@ -126,6 +130,11 @@ class BufferEntry:
                 self._held.append(ticket)
             raise
         del self.array
+
+    def _arrive_late(self, block: Block) -> None:
+        pool = block.pool()
+        if pool is not None:
+            pool._look_again()
 
     def mark_in_use(self, *, stream: Any = None) -> None:
         """Say that work queued on `stream` reads or writes the buffer: it is IN_USE, and its release waits for it.

@@ -262,6 +262,11 @@ class SimpleBufferPool(BufferPool):
         store.release(ticket, None if stream is None else _cuda.as_stream(stream))
         return caller() if store.watch.debug else ""
 
+    def _look_again(self) -> None:
+        """A plain release may have met with the close of the pool, and then came home unseen."""
+        with self._store.lock:
+            self._store.settle()
+
     # ------------------------------------------------------------------------------------------ memory, back and ahead
 
     def reserve(self, specs: Iterable[BufferSpec]) -> None:

@@ -186,7 +186,10 @@ class Store:
             ticket.block.home(ticket)
 
     def settle(self) -> bool:
-        """Bring home what was lost, parked or pending and is free by now; whether anything was. Lock held."""
+        """Bring home what was lost, parked or pending and is free by now; whether anything was. Lock held.
+
+        In a closed pool, home is the driver.
+        """
         if _open_captures:
             return False
         if self._pending:
@@ -208,6 +211,8 @@ class Store:
             moved |= self._settle_line(handle)
             if not self._pending.get(handle, True):
                 del self._pending[handle]
+        if self.closed:  # a plain release takes no lock, and may have come to its shelf behind the close
+            self.free_idle(self.ledger.total, tuple(Tier))
         return moved
 
     def _settle_line(self, handle: int) -> bool:
@@ -441,13 +446,13 @@ class Store:
         """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
         with self.lock:
             self.settle()
+            before = self.ledger.total
             self.closed = self.closed or reason
             self.set_hot()
             self.finish_pending()
-            freed = self.free_idle(self.ledger.total, tuple(Tier))
             # Here and now: what dies in a cycle Numba destroys in whatever thread the collector runs, context or none.
             self.order.spare.clear()
-            return freed
+            return before - self.ledger.total
 
     def refuse_closed(self) -> None:
         """Raise ClosedError if the pool is closed."""

@@ -1298,6 +1298,22 @@ def test_what_is_released_with_a_stream_after_the_end_is_freed(streams):
     pool.check()
 
 
+def test_a_plain_release_that_races_with_the_close_frees(pool):
+    """The close comes when the release has seen that the buffer may go straight back to its shelf."""
+    entry = pool.allocate(pinned(64))
+    block = entry._held[0].block
+    home = block.home
+
+    def closed_first(ticket):
+        pool.close()
+        home(ticket)
+
+    block.home = closed_first
+    entry.release()
+    assert pool._store.ledger.total == 0 and not pool._store.blocks, "freed without anybody looking"
+    pool.check()
+
+
 FORK_UNDER_A_LOCK = """
 import os, signal, threading
 from numbabuf import BufferSpec, SimpleBufferPool, memory
