@@ -63,7 +63,7 @@ __all__ = [
     "from_dlpack",
 ]
 
-if config.enabled("NUMBABUF_NVTX"):
+if config.enabled("NUMBABUF_NVTX", or_warn=True):
     from . import nvtx
 
     nvtx.enable(or_warn=True)

@@ -1,9 +1,9 @@
 """The command line: `numbabuf replay [TRACE]`, `numbabuf plan TRACE`, `numbabuf info`, and what they share.
 
 A command is one `Command`: its arguments and one function that returns the exit code. 0: all is well; 1: the
-command ran and found something wrong; 2: it could not run (arguments, trace, device). Numba reads
-NUMBA_ENABLE_CUDASIM once, at its import, so nothing here may import numba at module level. Nothing in
-numbabuf imports this module.
+command ran and found something wrong; 2: it could not run (arguments, trace, device), and one line on stderr
+says why. Numba reads NUMBA_ENABLE_CUDASIM once, at its import, so nothing here may import numba at module
+level. Nothing in numbabuf imports this module.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import config
 from .errors import BackendError, NumbabufError
 from .progress import track
 
@@ -67,6 +68,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         By argparse, for ``--help`` (0) and for arguments it refuses (2).
     """
+    if argv is None and sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file may have any name
+    try:
+        try:
+            return _dispatch(argv)
+        finally:
+            if sys.stdout is not None:  # None where the program was started without one: then nothing is lost
+                sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
+    except BrokenPipeError:  # who read our output, `head` for one, has gone; nothing can be said to them
+        _silence_stdout()
+        return 2
+    except (NumbabufError, MemoryError, OSError) as error:
+        if isinstance(error, OSError):
+            _silence_stdout()
+        _complain(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
+    """Read the arguments, and run the command that they name."""
     parser = argparse.ArgumentParser(prog="numbabuf", description="Fixed-address input buffers and CUDA graph replay.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
@@ -75,20 +98,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         sub.set_defaults(parser=sub)
     args = parser.parse_args(argv)
     command = COMMANDS[args.command]
+    if command.device:
+        try:
+            for switch in config.SWITCHES:
+                config.enabled(switch.name)
+        except ValueError as error:
+            raise NumbabufError(str(error)) from None
+        _choose_backend(restart=argv is None)
+    return command.run(args)
+
+
+def _complain(text: str) -> None:
+    """Say something on stderr, in one line; where that cannot be written, the exit code must do."""
+    if sys.stderr is not None:  # else print would take stdout
+        with contextlib.suppress(OSError):
+            print("numbabuf:", *filter(None, map(str.strip, text.splitlines())), file=sys.stderr, flush=True)
+
+
+def _silence_stdout() -> None:
+    """Where stdout takes nothing more, let what it still holds go nowhere, lest the interpreter fail at its end."""
     try:
-        if command.device:
-            _choose_backend(restart=argv is None)
-        code = command.run(args)
-        sys.stdout.flush()  # here, where a closed pipe can still be answered
-        return code
-    except (NumbabufError, MemoryError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # who read our output, `head` for one, has gone; nothing can be said to them
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 # -------------------------------------------------------------------------------------------------- backend
@@ -100,19 +132,16 @@ def _choose_backend(*, restart: bool) -> None:
     Numba reads the choice when it is imported; where that has happened, the process is started anew with the
     choice made (`restart`), which can happen only once, since the variable is then set.
     """
-    if "NUMBA_ENABLE_CUDASIM" in os.environ:
-        return
-    problem = _device_problem()
+    chosen = os.environ.get("NUMBA_ENABLE_CUDASIM")
+    problem = None if chosen not in (None, "0") else _device_problem()
     if problem is None:
         return
+    if chosen is not None:
+        raise BackendError(f"no GPU ({problem}) and NUMBA_ENABLE_CUDASIM={chosen}: set it to 1 to use the simulator")
     imported = "numba" in sys.modules
     if imported and not restart:
         raise BackendError(f"no GPU ({problem}): set NUMBA_ENABLE_CUDASIM=1 before numba is imported")
-    print(
-        f"numbabuf: no GPU ({problem}); using Numba's simulator: results, not speed",
-        file=sys.stderr,
-        flush=True,
-    )
+    _complain(f"no GPU ({problem}); using Numba's simulator: results, not speed")
     os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
     if imported:
         again = [
@@ -228,6 +257,10 @@ def _replay(args: argparse.Namespace) -> int:
             f"steps may have {args.max_tokens} tokens and the largest bucket holds {args.buckets[-1]}: "
             "lower --max-tokens, or give a larger bucket or another --overflow"
         )
+    for name in ("vocab", "max_tokens", "max_seqs"):
+        if getattr(args, name) * args.dim >= 2**31:
+            option = f"--{name.replace('_', '-')}"
+            args.parser.error(f"{option} {getattr(args, name)} x --dim {args.dim} must be below 2**31 elements")
     for option, path in (("--json", args.json), ("--report", args.report)):
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             args.parser.error(f"{option} {path}: no such directory")
@@ -268,16 +301,16 @@ def _replay(args: argparse.Namespace) -> int:
     if results["mismatch"] is None:
         return 0 if written else 2
     text = "wrong result at step {step}, sequence {sequence}: NumPy says {expected}, the device {found}"
-    print(text.format(**results["mismatch"]), file=sys.stderr)
+    _complain("error: " + text.format(**results["mismatch"]))
     return 1
 
 
 def _write(path: str, text: str) -> bool:
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # a trace may have any name
             file.write(text)
     except OSError as error:
-        print(f"{path}: cannot be written: {error.strerror}", file=sys.stderr)
+        _complain(f"error: {path}: cannot be written: {error.strerror}")
         return False
     return True
 
@@ -293,7 +326,7 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
     from .traces import token_inputs
 
     steps = iter(trace.steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs))
-    show = not args.quiet and sys.stderr.isatty()
+    show = not args.quiet and sys.stderr is not None and sys.stderr.isatty()
     host_ns: list[int] = []
     tokens: list[int] = []
     pending: list[tuple[int, Any]] = []  # steps in flight: number, expected row of scores
@@ -476,7 +509,7 @@ def _plan(args: argparse.Namespace) -> int:
         try:
             figure.savefig(args.plot, dpi=150)
         except (OSError, ValueError) as error:  # no right to write there, or a suffix that matplotlib does not know
-            print(f"{args.plot}: cannot be written: {error}", file=sys.stderr)
+            _complain(f"error: {args.plot}: cannot be written: {error}")
             return 2
     return 0
 

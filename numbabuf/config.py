@@ -7,6 +7,7 @@ wins over it. Sits below `errors` only.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import NamedTuple
 
 __all__ = ["SWITCHES", "Switch", "enabled"]
@@ -33,8 +34,15 @@ _DEFAULTS = {switch.name: switch.default for switch in SWITCHES}
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
-def enabled(name: str) -> bool:
+def enabled(name: str, *, or_warn: bool = False) -> bool:
     """Return the value of the switch `name` as the environment has it now.
+
+    Parameters
+    ----------
+    name
+        One of `SWITCHES`.
+    or_warn
+        Where the variable is set to neither on nor off, warn and return the default: an import must not fail of it.
 
     Raises
     ------
@@ -51,5 +59,9 @@ def enabled(name: str) -> bool:
     if not word:
         return default
     if word not in _WORDS:
-        raise ValueError(f"{name} is {word!r}; set it to one of {', '.join(_WORDS)}")
+        fault = f"{name} is {word!r}; set it to one of {', '.join(_WORDS)}"
+        if not or_warn:
+            raise ValueError(fault)
+        warnings.warn(fault, RuntimeWarning, stacklevel=2)
+        return default
     return _WORDS[word]

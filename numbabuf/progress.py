@@ -38,7 +38,7 @@ def track(
     note
         Says of an item what to show beside the bar while it is worked on.
     """
-    if not enabled:
+    if not enabled or sys.stderr is None:
         yield from items
         return
     try:
@@ -55,7 +55,8 @@ def track(
 
 def stopped(label: str, done: int, total: int, why: str) -> None:
     """Say on standard error how far an operation came that did not reach its end."""
-    print(f"{label}: stopped after {done:,} of {total:,}: {why}", file=sys.stderr)
+    if sys.stderr is not None:  # else print would take stdout
+        print(f"{label}: stopped after {done:,} of {total:,}: {why}", file=sys.stderr)
 
 
 def _count(items: Iterable[T], label: str, total: int | None, note: Callable[[T], Any] | None) -> Iterator[T]:

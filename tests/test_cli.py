@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numbabuf import cli
+from numbabuf import cli, config
 from numbabuf.errors import BackendError
 from numbabuf.manager import InputBufferManager
 from numbabuf.pipeline import Pipeline
@@ -132,7 +132,7 @@ def test_malformed_trace(capsys, tmp_path, contents, message):
         path.write_bytes(contents.encode() if isinstance(contents, str) else contents)
     code, out, err = replay(capsys, path)
     assert code == 2 and out == ""
-    assert err.startswith(f"{path}{message}") and err.count("\n") == 1
+    assert err.startswith(f"numbabuf: error: {path}{message}") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("wrong", [0, 2, 3, 6])
@@ -150,7 +150,8 @@ def test_wrong_result_is_shown_and_ends_the_run(capsys, tmp_path, monkeypatch, w
     monkeypatch.setattr(Pipeline, "expected", off_by_one)
     code, out, err = replay(capsys, "--steps", 7, "--json", tmp_path / "out.json")
     assert code == 1
-    assert err.startswith(f"wrong result at step {wrong}, sequence 0: NumPy says ") and err.count("\n") == 1
+    assert err.startswith(f"numbabuf: error: wrong result at step {wrong}, sequence 0: NumPy says ")
+    assert err.count("\n") == 1
     assert "WRONG" in out
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     assert results["mismatch"]["step"] == wrong and results["complete"] is False
@@ -212,6 +213,9 @@ def test_overflow_is_counted_and_the_results_stay_right(capsys, tmp_path, policy
     [
         (["--steps", "-1"], "must be from 0 to"),
         (["--vocab", "99999999999"], "must be from 1 to"),
+        (["--dim", "2147483647", "--vocab", "2147483647"], "2**31 elements"),
+        (["--dim", "2147483647"], "2**31 elements"),
+        (["--vocab", "2147483647"], "2**31 elements"),
         (["--dim", "x"], "invalid number value"),
         (["--buckets", "8,x"], "invalid numbers value"),
         (["--buckets", "8,0"], "must be from 1 to"),
@@ -242,7 +246,7 @@ def test_a_command_is_required_and_help_is_there(capsys):
 
 def test_json_that_cannot_be_written(capsys, tmp_path):
     code, out, err = replay(capsys, "--steps", 1, "--json", tmp_path)
-    assert code == 2 and "steps" in out and err.startswith(f"{tmp_path}: cannot be written: ")
+    assert code == 2 and "steps" in out and err.startswith(f"numbabuf: error: {tmp_path}: cannot be written: ")
 
 
 def test_wrong_results_weigh_more_than_a_file_that_cannot_be_written(capsys, tmp_path, monkeypatch):
@@ -280,8 +284,19 @@ def undecided(monkeypatch):
 
 def test_a_choice_that_was_made_stays(undecided):
     undecided.setattr(cli, "_device_problem", lambda: pytest.fail("the device was asked for"))
-    undecided.setenv("NUMBA_ENABLE_CUDASIM", "0")
+    undecided.setenv("NUMBA_ENABLE_CUDASIM", "1")
     cli._choose_backend(restart=True)
+    assert os.environ["NUMBA_ENABLE_CUDASIM"] == "1"
+
+
+def test_a_choice_of_the_gpu_stays_and_is_refused_where_there_is_none(undecided, capsys):
+    undecided.setenv("NUMBA_ENABLE_CUDASIM", "0")
+    undecided.setattr(cli, "_device_problem", lambda: None)
+    cli._choose_backend(restart=True)
+    undecided.setattr(cli, "_device_problem", lambda: "none here")
+    assert cli.main(["replay"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("numbabuf: error: no GPU (none here)") and err.count("\n") == 1
     assert os.environ["NUMBA_ENABLE_CUDASIM"] == "0"
 
 
@@ -365,10 +380,67 @@ def test_without_numba_cuda_there_is_no_device(monkeypatch):
     assert cli._device_problem() == "numba-cuda is not installed"
 
 
+PATH = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("command", "redirection", "code", "says"),
+    [
+        ("plan TRACE", ">&-", 0, ""),
+        ("plan TRACE", ">/dev/full", 2, "numbabuf: error: [Errno 28] No space left on device"),
+        ("replay TRACE", ">&- 2>&-", 0, ""),
+        ("replay nothing.csv", ">/dev/full 2>/dev/full", 2, ""),
+        ("replay nothing.csv", "2>&- >&-", 2, ""),
+    ],
+)
+def test_output_that_goes_nowhere(tmp_path, command, redirection, code, says):
+    """One line or none; and the code, which the interpreter's own end does not spoil."""
+    (tmp_path / "trace.csv").write_text(CSV)
+    command = command.replace("TRACE", "trace.csv")
+    sizes = " ".join(SIZES) if command.startswith("replay") else ""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"{sys.executable}" -m numbabuf {command} {sizes} {redirection}'],
+        env=os.environ | {"PYTHONPATH": PATH}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (code, says)
+
+
+@pytest.mark.parametrize("switch", [switch.name for switch in config.SWITCHES])
+def test_a_bad_switch_is_one_line_and_stops_no_other_command(tmp_path, switch):
+    (tmp_path / "trace.csv").write_text(CSV)
+    env = os.environ | {"PYTHONPATH": PATH, switch: "maybe", "PYTHONWARNINGS": "ignore"}
+    codes = []
+    for command in (["replay", *SIZES], ["plan", "trace.csv"], ["info"]):
+        done = subprocess.run([sys.executable, "-m", "numbabuf", *command], env=env, cwd=tmp_path, capture_output=True,
+                              text=True, check=False)  # fmt: skip
+        codes.append(done.returncode)
+        if done.returncode:
+            assert done.stdout == "" and done.stderr.count("\n") == 1
+            assert done.stderr.startswith(f"numbabuf: error: {switch} is 'maybe'; set it to one of")
+    assert codes == [2, 0, 0]
+
+
+def test_a_trace_may_have_any_name(tmp_path):
+    name = b"trace\xff.csv"
+    try:
+        (tmp_path / os.fsdecode(name)).write_text(CSV)
+    except OSError:
+        pytest.skip("a file system of Unicode names")
+    done = subprocess.run(
+        [sys.executable, "-m", "numbabuf", "replay", name, *SIZES, "--report", "out.html"],
+        env=os.environ | {"PYTHONPATH": PATH, "PYTHONIOENCODING": "utf-8:strict"}, cwd=tmp_path, capture_output=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"trace: trace\\udcff.csv" in done.stdout
+    assert "trace\\udcff.csv" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
 def test_as_a_program(tmp_path, backend):
     """`python -m numbabuf` chooses its backend by itself, in whatever folder it is started."""
     env = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(cli.__file__).parents[1]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = PATH
     if backend == "simulator":
         env["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that may be there is not what this run is about
     done = subprocess.run(

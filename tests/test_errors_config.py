@@ -49,6 +49,8 @@ def test_a_switch_has_a_default_and_is_read_when_asked(switch, monkeypatch):
     monkeypatch.setenv(switch.name, "maybe")
     with pytest.raises(ValueError, match=f"{switch.name} is 'maybe'"):
         config.enabled(switch.name)
+    with pytest.warns(RuntimeWarning, match=f"{switch.name} is 'maybe'"):
+        assert config.enabled(switch.name, or_warn=True) is switch.default
 
 
 def test_an_unknown_switch_is_a_mistake():
