@@ -817,6 +817,7 @@ class InputBufferManager:
                 self.closed = True
                 raise
             self.closed = True
+            self._capture_stream = None
             if self._own_pool:
                 self._pool.close()
 

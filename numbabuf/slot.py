@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import operator
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from . import html, kernels
+from .errors import ClosedError
 from .spec import BufferSpec, is_bfloat16, resolve_dtype
 
 __all__ = ["CONVERSIONS", "InputSlot"]
@@ -36,7 +38,7 @@ _AXIS = re.compile(r"([A-Za-z_]\w*)(?:\+(\d+))?")
 class InputSlot:
     """A named static device array that captured graphs read.
 
-    Made by `InputBufferManager.register_slot`, which explains the parameters.
+    Made by `InputBufferManager.register_slot`, which explains the parameters. It does not keep its manager alive.
 
     Attributes
     ----------
@@ -100,8 +102,10 @@ class InputSlot:
         self.checked = range_check and self.operation == kernels.I64_I32
         self.position = self.word = self.columns_word = self.axis_index = -1
         self.source_offset = self.target_offset = -1
-        self._resolve: Callable[[InputSlot], Any] | None = None
-        self._set: Callable[[InputSlot, Any], None] | None = None
+        # Weak, so that a manager is in no reference cycle: what dies in one Numba destroys in whatever thread the
+        # collector runs, context or none.
+        self._resolve: weakref.WeakMethod[Callable[[InputSlot], Any]] | None = None
+        self._set: weakref.WeakMethod[Callable[[InputSlot, Any], None]] | None = None
 
     def _find_conversion(self) -> int:
         source, target = self.source_dtype, self.spec.dtype
@@ -156,7 +160,7 @@ class InputSlot:
 
         None for a slot that is not static. bfloat16 is shown as uint16, which is what Numba can type.
         """
-        return None if self._resolve is None else self._resolve(self)
+        return None if self._resolve is None else self._alive(self._resolve)(self)
 
     def set_data(self, data: Any) -> None:
         """Stage `data` into this slot alone, padded to its own bucket; the other slots keep what they hold.
@@ -177,7 +181,13 @@ class InputSlot:
         """
         if self._set is None:
             raise TypeError(f"slot {self.name!r} is not static: its values pass through stage_inputs untouched")
-        self._set(self, data)
+        self._alive(self._set)(self, data)
+
+    def _alive(self, method: weakref.WeakMethod[Any]) -> Any:
+        bound = method()
+        if bound is None:
+            raise ClosedError(f"the manager of slot {self.name!r} is gone: keep it for as long as its slots")
+        return bound
 
     def bind(
         self,
@@ -186,11 +196,14 @@ class InputSlot:
         resolve: Callable[[InputSlot], Any],
         set_data: Callable[[InputSlot, Any], None],
     ) -> None:
-        """Take a place among the static slots, follow an axis (-1: none), and learn what `array` and `set_data` do."""
+        """Take a place among the static slots, follow an axis (-1: none), and learn what `array` and `set_data` do.
+
+        Both are methods of the manager, which the slot does not keep alive.
+        """
         self.position, self.axis_index = position, axis_index
         self.word = position * kernels.LIVE
         self.columns_word = self.word + kernels.COLUMNS
-        self._resolve, self._set = resolve, set_data
+        self._resolve, self._set = weakref.WeakMethod(resolve), weakref.WeakMethod(set_data)
 
     def rows(self, sizes: tuple[int, ...]) -> int:
         """Return the slot's rows in a step of `sizes`, in the order of the axes."""

@@ -686,14 +686,58 @@ def test_a_failed_allocation_leaves_the_manager_usable():
         m.check()
 
 
-def test_dropping_a_manager_frees_it():
-    m = InputBufferManager(max_batch_size=1, max_seq_len=8)
-    m.capture_buckets(lambda step: None, [8])
-    m.close()
-    watched = weakref.ref(m)
-    del m
-    gc.collect()
-    assert watched() is None
+def lived(*, close):
+    """The parts of a manager that did a bit of everything, as weak references, and its slots."""
+    m = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[4, 8])
+    for _ in range(2):  # the second time in place of the first, which leaves with an event
+        m.capture_buckets(lambda step: None, [8])
+    m.replay({"input_ids": ids(3)}, 3)
+    m.stage_inputs({"input_ids": ids(3)}, 3)
+    with m.stage(2) as lease:
+        lease["input_ids"][:] = 1
+    m.get_slot("positions").set_data([1])
+    m.check()
+    watched = [weakref.ref(part) for part in (m, m._arena, m._service)]
+    if close:
+        m.close()
+    return watched, m.slots
+
+
+def flush():
+    """Have Numba destroy what it has put off destroying."""
+    context = _cuda.cuda.current_context()
+    context.deallocations.clear()
+    context.memory_manager.deallocations.clear()
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_a_manager_is_in_no_reference_cycle(end, request, backend):
+    """Numba destroys what the collector finds in whatever thread that runs, context or none: it must find nothing."""
+    lived(close=True)
+    kit.collect()
+    stub = request.getfixturevalue("stub") if backend == "stand-in" else None
+    if stub is not None:
+        flush()
+        stub.reset_counts()
+    gc.disable()
+    try:
+        watched, slots = lived(close=end == "closed")
+        assert [ref() for ref in watched] == [None] * 3
+        if stub is not None:
+            flush()
+            calls = stub.counts()
+            for made, destroyed in (
+                ("cuEventCreate", "cuEventDestroy_v2"),
+                ("cuGraphInstantiateWithParams", "cuGraphExecDestroy"),
+                ("cuMemAlloc_v2", "cuMemFree_v2"),
+                ("cuMemHostAlloc", "cuMemFreeHost"),
+            ):
+                assert calls[made] == calls[destroyed] > 0, made
+    finally:
+        gc.enable()
+    for use in (lambda: slots[0].array, lambda: slots[0].set_data([1])):
+        with pytest.raises(ClosedError, match="the manager of slot 'input_ids' is gone"):
+            use()
 
 
 # ---------------------------------------------------------------------------------------------- names, stats, observer
