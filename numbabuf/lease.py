@@ -47,7 +47,7 @@ class Lease:
     """
 
     def __init__(
-        self, block: Block, rows: dict[str, tuple[InputSlot, int]], finish: Callable[[Lease, str], Any]
+        self, block: Block, rows: dict[str, tuple[InputSlot, int]], finish: Callable[[Lease, str, Any], Any]
     ) -> None:
         self._block = block
         self._rows = rows
@@ -80,9 +80,13 @@ class Lease:
         """End the lease and fill the slots; returns the views, padded to the bucket."""
         return self._end("fill")  # type: ignore[no-any-return]
 
-    def replay(self) -> Any:
-        """End the lease and replay the graph that serves the step; returns its result."""
-        return self._end("replay")
+    def replay(self, *, each: Callable[[Any, int, int], None] | None = None) -> Any:
+        """End the lease and replay the graph that serves the step; returns its result.
+
+        A step that no graph covers is refused, run without one or split, as `InputBufferManager.replay` does it, and
+        `each` is as there.
+        """
+        return self._end("replay", each)
 
     def discard(self) -> None:
         """End the lease and give the block back unused."""
@@ -111,9 +115,9 @@ class Lease:
         for array in self._arrays.values():
             array.flags.writeable = False
 
-    def _end(self, how: str) -> Any:
+    def _end(self, how: str, each: Any = None) -> Any:
         self._check_open()
-        self.result = self._finish(self, how)
+        self.result = self._finish(self, how, each)
         return self.result
 
     def __enter__(self) -> Lease:

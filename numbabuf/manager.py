@@ -21,7 +21,7 @@ import numpy as np
 from . import _cuda, config, html
 from .arena import Arena
 from .checks import whole_number
-from .errors import BackendError, BusyError, CaptureError, ClosedError, GraphMissingError
+from .errors import BackendError, BucketOverflowError, BusyError, CaptureError, ClosedError, GraphMissingError
 from .graph import CapturedStep, Recording, Step
 from .lease import Lease
 from .overflow import POLICIES, cut, warn
@@ -399,7 +399,7 @@ class InputBufferManager:
         sizes, over = round_up(self._choices, live)
         if over is not None:
             if self.overflow != "eager":
-                raise self._too_large(over, live, self._choices[over][-1])
+                raise self._too_large(over, live, self._choices[over][-1], "eager")
             check_limits(self._axes, self._limits, self._choices, live)
             return self._plain(sizes)
         fill = self._fills.get(sizes)
@@ -416,8 +416,8 @@ class InputBufferManager:
             fill = self._fills[sizes] = recording.captured
         return fill
 
-    def _too_large(self, axis: int, live: tuple[int, ...], largest: int) -> Exception:
-        return too_large(self._axes[axis], live[axis], largest, self._limits[axis])
+    def _too_large(self, axis: int, live: tuple[int, ...], largest: int, *policies: str) -> Exception:
+        return too_large(self._axes[axis], live[axis], largest, self._limits[axis], policies)
 
     def _submit_plain(self, target: CapturedStep, live: tuple[int, ...]) -> None:
         """Queue and count a step without a graph, and say so once. Its inputs are written, so they are good."""
@@ -465,8 +465,9 @@ class InputBufferManager:
         Returns
         -------
         lease : Lease
-            A context manager: ``lease["input_ids"]`` is the pinned array to write. `Lease.replay` runs the step;
-            leaving the block without it fills the slots; leaving it by an exception does nothing.
+            A context manager: ``lease["input_ids"]`` is the pinned array to write. `Lease.replay` runs the step, one
+            that no graph covers after the `overflow` policy; leaving the block without it fills the slots; leaving it
+            by an exception does nothing.
 
         Raises
         ------
@@ -483,7 +484,7 @@ class InputBufferManager:
                 if count > slot.capacity:
                     raise ValueError(f"slot {slot.name!r} holds {slot.capacity} rows; this step has {count}")
 
-            def finish(lease: Lease, how: str) -> Any:
+            def finish(lease: Lease, how: str, each: Any) -> Any:
                 with self._lock:
                     if how != "discard":
                         self._refuse_capture()
@@ -491,7 +492,7 @@ class InputBufferManager:
                     self._lease = None
                     if how == "discard":
                         return None
-                    result = self._finish(lease, live, replay=how == "replay")
+                    result = self._finish(lease, live, each, replay=how == "replay")
                 if self.observer is not None:
                     self.observer(live[0])
                 return result
@@ -499,7 +500,7 @@ class InputBufferManager:
             self._lease = Lease(self._ring.acquire(), rows, finish)
             return self._lease
 
-    def _finish(self, lease: Lease, live: tuple[int, ...], *, replay: bool) -> Any:
+    def _finish(self, lease: Lease, live: tuple[int, ...], each: Any, *, replay: bool) -> Any:
         """Run the step that a lease wrote."""
         self._ready()
         for name, array in lease.written.items():
@@ -507,7 +508,9 @@ class InputBufferManager:
                 self._slots[name].check_range(array)
         target = self._service.covering(live) if replay else self._fill_for(live)
         if target is None:
-            raise self._uncovered(live)
+            # As any other inputs, though they lie in the very block that is written first: a whole step over itself,
+            # a piece to where an earlier one lay.
+            return self._overflow(lease.written, live, each)
         block = lease.block
         block.padded = None
         for slot in self._static:
@@ -734,10 +737,16 @@ class InputBufferManager:
 
     def _uncovered(self, live: tuple[int, ...]) -> Exception:
         """The error for a step that no captured graph covers."""
-        # The last axis beyond all graphs: "split" can do something about the first, the tokens.
         largest = [self._service.largest(axis) for axis in range(len(live))]
-        over = max((axis for axis, size in enumerate(live) if size > largest[axis]), default=0)
-        return self._too_large(over, live, largest[over])
+        over = [axis for axis, size in enumerate(live) if size > largest[axis]]
+        split = () if self._service.covering((0, *live[1:])) is None else ("split",)
+        if over:  # the last of them: "split" can do something about the first, the tokens
+            return self._too_large(over[-1], live, largest[over[-1]], "eager", *split)
+        size, ways = dict(zip(self._axes, live, strict=True)), " or ".join(map(repr, ("eager", *split)))
+        return BucketOverflowError(
+            f"this step has {size}: there is a graph for each of these sizes, and none for all of them; capture this "
+            f"one, or a larger, as well, or make the manager with overflow={ways}"
+        )
 
     def _eager(self, inputs: Mapping[str, Any], live: tuple[int, ...]) -> Any:
         """Run fill and function without a graph."""

@@ -74,8 +74,8 @@ def warn(axes: Sequence[str], live: Sequence[int]) -> None:
         depth, frame = depth + 1, frame.f_back
     size = ", ".join(f"{axis}={value}" for axis, value in zip(axes, live, strict=True))
     warnings.warn(
-        f"a step with {size} is larger than every bucket and runs without a graph, which is slower: "
-        "capture a larger bucket (further such steps are only counted, in stats().overflows)",
+        f"a step with {size} fits no bucket and runs without a graph, which is slower: "
+        "capture a bucket for it (further such steps are only counted, in stats().overflows)",
         RuntimeWarning,
         stacklevel=depth,
     )

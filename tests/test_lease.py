@@ -225,11 +225,11 @@ def test_closing_the_manager_while_another_thread_ends_the_lease():
     lease = manager.stage(3)
     finish, ending, closed, errors = lease._finish, threading.Event(), threading.Event(), []
 
-    def late(lease, how):
+    def late(lease, how, each):
         if threading.current_thread() is not threading.main_thread():
             ending.set()
             closed.wait(30)
-        return finish(lease, how)
+        return finish(lease, how, each)
 
     def end():
         try:
@@ -298,3 +298,74 @@ def test_a_replay_names_the_axis_that_no_graph_covers(manager):
     manager.capture_buckets(lambda step: None, [{"tokens": 16, "seqs": 2}])
     with pytest.raises(BucketOverflowError, match="seqs=3; the largest bucket is 2"), manager.stage(3, seqs=3) as lease:
         lease.replay()
+
+
+# ------------------------------------------------------------------------------------------------------------ overflow
+
+
+def small(**options):
+    """A manager with slots of each kind and a graph of at most 8 tokens and 2 seqs, whose result is its size."""
+    m = InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], default_slots=False, **options)
+    m.register_slot("ids", BufferSpec(32, "int64"), pad=-1)
+    m.register_slot("short", BufferSpec(32, "int32"), source_dtype="int64", pad=-1)
+    m.register_slot("table", BufferSpec((32, 2), "float32"), source_dtype="float64", pad=-1)
+    m.register_slot("lens", BufferSpec(4, "int64"), axis="seqs", pad=-1)
+    m.register_slot("whole", BufferSpec(2, "int64"), axis=None)
+    m.capture_buckets(lambda step: tuple(step.bucket.values()), [{"tokens": 8, "seqs": 2}])
+    return m
+
+
+def write(lease, tokens, seqs):
+    lease["ids"][:] = np.arange(tokens)
+    lease["short"][:] = -np.arange(tokens)
+    lease["table"][:] = np.arange(2 * tokens).reshape(tokens, 2)
+    lease["lens"][:] = np.arange(seqs) + 5
+    lease["whole"][:] = [8, 9]
+
+
+def assert_holds(m, start, stop, seqs, bucket):
+    """Every slot holds tokens [start, stop) of what `write` wrote, and its padding."""
+    found, live, pad = kit.contents(m), np.arange(start, stop), [-1] * (bucket - stop + start)
+    assert found["ids"][:bucket].tolist() == [*live, *pad]
+    assert found["short"][:bucket].tolist() == [*-live, *pad]
+    assert found["table"][:bucket].ravel().tolist() == [*range(2 * start, 2 * stop), *pad, *pad]
+    assert found["lens"][:seqs].tolist() == list(range(5, 5 + seqs))
+    assert found["whole"].tolist() == [8, 9]
+
+
+def test_a_lease_that_overflows_runs_eagerly_warned_once_and_counted():
+    with small(overflow="eager") as m:
+        with pytest.warns(RuntimeWarning, match="tokens=20, seqs=3 fits no bucket") as caught:
+            for tokens, seqs in ((20, 3), (9, 1), (3, 3)):
+                with m.stage(tokens, seqs=seqs) as lease:
+                    write(lease, tokens, seqs)
+                    assert lease.replay() == (tokens, seqs)
+                assert_holds(m, 0, tokens, seqs, tokens)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert (m.stats().overflows, m.stats().steps) == (3, 3)
+        m.check()
+
+
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_a_lease_that_overflows_is_split(ring):
+    with small(overflow="split", ring=ring) as m:
+        for _ in range(3):
+            pieces = []
+
+            def each(result, start, stop, pieces=pieces):
+                assert_holds(m, start, stop, 2, 8)
+                pieces.append((result, start, stop))
+
+            with m.stage(27, seqs=2) as lease:
+                write(lease, 27, 2)
+                assert lease.replay(each=each) == (8, 2)
+            assert pieces == [((8, 2), start, min(start + 8, 27)) for start in range(0, 27, 8)]
+            assert lease.result == (8, 2)
+        with m.stage(27, seqs=2) as lease:  # nobody waits for a piece
+            write(lease, 27, 2)
+            lease.replay()
+        assert_holds(m, 24, 27, 2, 8)
+        assert (m.stats().overflows, m.stats().steps) == (4, 16)
+        with pytest.raises(BucketOverflowError, match="seqs=3"), m.stage(3, seqs=3) as lease:
+            lease.replay()
+        m.check()

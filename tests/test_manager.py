@@ -478,12 +478,62 @@ def test_overflow_raise_names_the_remedy(manager):
         manager.replay({}, 9)
 
 
+def test_a_step_that_only_several_graphs_cover_is_told_so():
+    """Each of its sizes is covered, so that no size is to blame."""
+    sizes = [{"tokens": 8, "seqs": 4}, {"tokens": 32, "seqs": 1}]
+    for policy, ways in (("raise", "'eager' or 'split'"), ("split", None), ("eager", None)):
+        with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow=policy) as m:
+            m.register_slot("lens", BufferSpec(4, "int64"), axis="seqs")
+            m.capture_buckets(lambda step: tuple(step.bucket.values()), sizes)
+
+            def lease(m=m):
+                with m.stage(20, seqs=3) as lease:
+                    return lease.replay()
+
+            for run in (lambda m=m: m.replay({}, 20, seqs=3), lease):
+                if ways:
+                    message = "{'tokens': 20, 'seqs': 3}: there is a graph for each of these sizes, and none for all"
+                    with pytest.raises(BucketOverflowError, match=f"{message}.*overflow={ways}"):
+                        run()
+                elif policy == "split":
+                    assert run() == (8, 4)
+                else:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", RuntimeWarning)
+                        assert run() == (20, 3)
+            m.check()
+
+
+@pytest.mark.parametrize("policy", ["raise", "split"])
+def test_a_refused_step_is_told_what_would_help(policy):
+    """Neither the policy that is in force nor one that could not run the step either."""
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow=policy) as m:
+        m.register_slot("lens", BufferSpec(4, "int64"), axis="seqs")
+        m.capture_buckets(lambda step: None, [{"tokens": 8, "seqs": 1}])
+        for call, message in (
+            (lambda: m.replay({}, 4, seqs=2), "add a bucket, or make the manager with overflow='eager'$"),
+            (lambda: m.replay({}, 4, seqs=5), "make its slots larger$"),
+            (lambda: m.stage_inputs({}, 9, seqs=1), "add a bucket, or make the manager with overflow='eager'$"),
+            (lambda: m.stage_inputs({}, 33, seqs=1), "make its slots larger$"),
+            (lambda: m.stage(9, seqs=1).fill(), "add a bucket, or make the manager with overflow='eager'$"),
+            (lambda: m.capture(9, seqs=1).__enter__(), "add a bucket$"),
+        ):
+            with pytest.raises(BucketOverflowError, match=message):
+                call()
+        if policy == "raise":
+            with pytest.raises(BucketOverflowError, match="slots larger, or make the manager with overflow='split'$"):
+                m.replay({}, 33, seqs=1)
+        else:
+            m.replay({}, 33, seqs=1)
+        m.check()
+
+
 def test_overflow_eager_runs_warns_once_and_counts():
     with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow="eager") as m:
         pipeline = Pipeline("input_ids", 32)
         m.capture_buckets(pipeline)
         at = int(kit.to_host(pipeline.row, m.stream)[0])
-        with pytest.warns(RuntimeWarning, match="larger than every bucket") as caught:
+        with pytest.warns(RuntimeWarning, match="fits no bucket") as caught:
             m.replay({"input_ids": ids(20)}, 20)
             m.replay({"input_ids": ids(21)}, 21)
         assert len(caught) == 1 and caught[0].filename == __file__
@@ -952,7 +1002,7 @@ def test_a_device_array_is_not_split():
 @pytest.mark.parametrize("end", ["fill", "leave"])
 def test_the_warning_points_at_the_line_that_asked(end):
     with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow="eager") as m:
-        with pytest.warns(RuntimeWarning, match="larger than every bucket") as caught:
+        with pytest.warns(RuntimeWarning, match="fits no bucket") as caught:
             with m.stage(9) as lease:
                 if end == "fill":
                     lease.fill()
