@@ -11,13 +11,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from . import _cuda, buckets, html
+from .checks import whole_number
 from .demand import DemandModel
 from .errors import BusyError, NumbabufError
 from .graph import CapturedStep, Step
@@ -43,12 +44,14 @@ class PredictiveBufferManager(InputBufferManager):
         The largest number of tokens that must always have a graph. Default: the largest of `buckets`, else all tokens
         that the default slots hold.
     max_graphs : int
-        Most graphs to have captured; also the length of the planned bucket list.
+        Most graphs to have captured (one more while it takes another's place); also the length of the planned bucket
+        list. Graphs of other sizes on further axes count too, and are left as they are.
     window : int
         Steps that the models remember.
     prewarm_bytes : int, optional
         Device bytes that prewarming may take in all, graphs and reserved buffers together, as far as the driver tells
-        them. Default: no limit of its own.
+        them: a graph that turns out too large is given up again, and the pool is trimmed of what was reserved for
+        sizes that are no longer forecast. Default: no limit of its own.
     prewarm_seconds : float, optional
         Seconds that one call of `prewarm` may spend on captures; at least one capture is made. Default: no limit.
     specs : callable, optional
@@ -100,15 +103,21 @@ class PredictiveBufferManager(InputBufferManager):
     ) -> None:
         if demand is not None and not isinstance(demand, DemandModel):
             raise TypeError(f"demand is {demand!r}: give a DemandModel, or None for a new one")
-        super().__init__(pool, max_batch_size, max_seq_len, **options)
-        given = self._bucket_lists.get("tokens")
-        self.max_size = buckets.validate(
-            [max_size if max_size is not None else given[-1] if given else self.max_tokens], self.max_tokens
-        )[0]
-        self.max_graphs = buckets.validate([max_graphs], 1 << 20)[0]
+        if cost is not None and not isinstance(cost, buckets.Cost):
+            raise TypeError(f"cost is {cost!r}: give a buckets.Cost, or None for padded work")
+        if specs is not None and not callable(specs):
+            raise TypeError(f"specs is {specs!r}: give a function of the number of tokens that returns BufferSpecs")
+        if not callable(clock):
+            raise TypeError(f"clock is {clock!r}: give a function that returns seconds")
         for name, budget in (("prewarm_bytes", prewarm_bytes), ("prewarm_seconds", prewarm_seconds)):
             if budget is not None and not budget >= 0:
                 raise ValueError(f"{name} is {budget!r}: give a number from 0 up, or None for no limit")
+        super().__init__(pool, max_batch_size, max_seq_len, **options)
+        given = self._bucket_lists.get("tokens")
+        largest = given[-1] if given else self.max_tokens
+        wanted = largest if max_size is None else max_size
+        self.max_size = whole_number("max_size", wanted, least=1, most=self.max_tokens)
+        self.max_graphs = whole_number("max_graphs", max_graphs, least=1, most=1 << 20)
         self._demand = DemandModel(window) if demand is None else demand
         self._cost = cost or buckets.Cost()
         self._refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=cost, window=window)
@@ -119,10 +128,11 @@ class PredictiveBufferManager(InputBufferManager):
         # One thread learns or prewarms at a time; taken before every other lock, and again by a function that asks.
         self._learning = threading.RLock()
         self._expected: frozenset[int] = frozenset()  # the model's buckets last forecast
-        self._made: dict[CapturedStep, int] = {}  # a prewarmed graph -> device bytes it took
+        self._made: dict[CapturedStep, int] = {}  # a prewarmed graph, until it is closed -> device bytes it took
+        self._refused: Any = None  # the function and the plan of which a graph turned out too large
         self._hits = self._misses = self._captures = self._failures = self._unused = self._closings = 0
         self._capture_seconds = self._model_seconds = 0.0
-        self._reserved_bytes = 0
+        self._reserved: Counter[BufferSpec] = Counter()  # buffers that the pool may still hold because of prewarming
         self._worker: threading.Thread | None = None
         self._stopping = threading.Event()
         self.observer = self._recent.append
@@ -132,8 +142,7 @@ class PredictiveBufferManager(InputBufferManager):
     @property
     def demand(self) -> DemandModel:
         """The model, with every step so far learned; save it, or merge it with those of other workers."""
-        with self._learning:
-            self._learn()
+        with self._learned():
             return self._demand
 
     def adopt(self, demand: DemandModel) -> None:
@@ -149,8 +158,7 @@ class PredictiveBufferManager(InputBufferManager):
         if not isinstance(demand, DemandModel):
             raise TypeError(f"demand is {demand!r}: give a DemandModel")
         refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=self._cost, window=demand.window)
-        with self._learning:
-            self._learn()
+        with self._learned():
             refitter.sizes = self._refitter.sizes
             for _, size in demand._seen:
                 refitter.observe(size)
@@ -166,26 +174,39 @@ class PredictiveBufferManager(InputBufferManager):
         TypeError, ValueError
             It is not a whole number from 1 to the manager's capacity.
         """
-        self._recent.append(buckets.validate([num_tokens], self.max_tokens)[0])
+        self._recent.append(whole_number("num_tokens", num_tokens, least=1, most=self.max_tokens))
 
     def predict_next_sizes(self, n: int = 3) -> list[int]:
         """Return at most `n` sizes worth having ready for the next steps, the best first."""
-        with self._learning:
-            self._learn()
+        with self._learned():
             return self._forecast(n)
 
     def plan_buckets(self, k: int) -> tuple[int, ...]:
         """Return the `k` sizes that serve the demand so far at the least cost, `max_size` always the last."""
-        with self._learning:
-            self._learn()
+        with self._learned():
             sizes = buckets.plan(self._demand, k, max_size=self.max_size, cost=self._cost)
             return tuple(int(size) for size in sizes)
+
+    @contextlib.contextmanager
+    def _learned(self) -> Iterator[None]:
+        """The right to the models, with every step so far in them.
+
+        Whoever holds the manager's lock, as a function does that `capture_buckets` calls, waits for nobody: the thread
+        that learns may be waiting for that lock.
+        """
+        if not self._learning.acquire(blocking=not _owned(self._lock)):
+            raise BusyError("another thread learns or prewarms with this manager: ask outside of the captured function")
+        try:
+            self._learn()
+            yield
+        finally:
+            self._learning.release()
 
     def _learn(self) -> None:
         """Feed the steps since the last time to the models."""
         began = self._clock()
         recent = self._recent
-        while recent:
+        for _ in range(len(recent)):  # not those that come meanwhile: they may come faster than they are learned
             size = recent.popleft()
             if size < 1:
                 continue  # a step without tokens asks for nothing
@@ -221,8 +242,7 @@ class PredictiveBufferManager(InputBufferManager):
         `prewarm` goes on with the same function.
         """
         if sizes is None:
-            with self._learning:
-                self._learn()
+            with self._learned():
                 sizes = [int(size) for size in self._refitter.sizes]
         return super().capture_buckets(fn, sizes, progress=progress)
 
@@ -244,16 +264,16 @@ class PredictiveBufferManager(InputBufferManager):
 
         Notes
         -----
-        A graph that fails, or no longer fits a budget, is left out, and counted in `stats()`. A graph that is no longer
-        in the plan is closed, once its last replay is done, when all planned ones are there. Does nothing in a thread
-        that has a capture open, and captures nothing while another thread captures with this manager.
+        A graph that fails, or does not fit the byte budget, is left out, and counted in `prediction()`. A graph that is
+        no longer in the plan is closed, once its last replay is done, when all planned ones are there, or sooner where
+        a budget has no room for them; the largest one stays, so that no size is left without a graph. Does nothing in
+        a thread that has a capture open, and captures nothing while another thread captures with this manager.
         """
         if fn is not None and not callable(fn):
             raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
         if threading.get_ident() in _cuda.captures or self.closed:
             return ()
-        with self._learning:
-            self._learn()
+        with self._learned():
             if fn is not None:
                 self._function = fn
             captured = self._prewarm_graphs(progress)
@@ -273,53 +293,51 @@ class PredictiveBufferManager(InputBufferManager):
         captured: list[int] = []
         began = self._clock()
         why = ""
-        order = self._by_value(missing, [sizes[0] for sizes in present if sizes[1:] == full])
+        price = self._pricing()
+        order = _by_value(missing, [sizes[0] for sizes in present if sizes[1:] == full], self.max_size, price)
         for size in track(order, total=len(order), label="prewarm", enabled=progress, note=_size_and_room):
             spent = self._clock() - began
             if captured and self._second_budget is not None and spent >= self._second_budget:
                 why = f"the budget of {self._second_budget} s is spent"
                 break
-            if not self._fits_bytes():
+            while not self._fits_bytes(leaving=False) and self._drop_one(planned, full, price, made=True):
+                pass  # what the plan does not want makes room
+            if not self._fits_bytes() or self._refused == (fn, planned):
                 why = f"the budget of {self._byte_budget:,} bytes is spent"
                 break
-            why = self._capture_one((size, *full), fn)
+            if size != self.max_size and len(self._service) >= self.max_graphs and not self._spare(planned, full):
+                why = f"{len(self._service)} graphs are captured"
+                break
+            why = self._capture_one((size, *full), fn, planned)
             if why:
                 break
             captured.append(size)
-            if len(present) + len(captured) > self.max_graphs:
-                self._drop_one(planned, full)  # only now: had the capture failed, it would still be needed
+            # Only now: had the capture failed, what is dropped would still be needed.
+            while len(self._service) > self.max_graphs and self._drop_one(planned, full, price):
+                pass
         self._capture_seconds += self._clock() - began
         if progress and why:
             stopped("prewarm", len(captured), len(missing), why)
         if len(captured) == len(missing):
-            while self._drop_one(planned, full):
+            while self._drop_one(planned, full, price):
                 pass
         with self._lock:
             self._service.reap()
         return tuple(captured)
 
-    def _by_value(self, missing: list[int], present: list[int]) -> list[int]:
-        """Order sizes by what each saves on top of those before it, the most first; an absent `max_size` leads."""
+    def _pricing(self) -> Callable[[Iterable[int]], float]:
+        """What the demand of the window costs in a list of sizes, as a function."""
         sizes, counts = self._demand.histogram()
-        counts = counts[sizes <= self.max_size]
-        sizes = sizes[sizes <= self.max_size]
-        ready, order, left = sorted(present), [], list(missing)
-        if self.max_size in left:
-            left.remove(self.max_size)
-            order.append(self.max_size)
-            ready.append(self.max_size)
-        while left:
+        counts, sizes = counts[sizes <= self.max_size], sizes[sizes <= self.max_size]
 
-            def price(extra: int) -> float:
-                return float(counts @ self._cost.steps(buckets.padded(sizes, np.array(sorted({*ready, extra})))))
+        def price(ready: Iterable[int]) -> float:
+            if not sizes.size:
+                return 0.0
+            return float(counts @ self._cost.steps(buckets.padded(sizes, np.array(sorted(set(ready))))))
 
-            best = min(left, key=price) if sizes.size else left[-1]
-            left.remove(best)
-            order.append(best)
-            ready.append(best)
-        return order
+        return price
 
-    def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> str:
+    def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any], planned: list[int]) -> str:
         """Capture one size and put it in service; return why not, counted where that failed, else nothing."""
         before = _cuda.memory_info()
         try:
@@ -335,64 +353,86 @@ class PredictiveBufferManager(InputBufferManager):
                     recording = self._recording(sizes)
                 with recording as step:
                     step.result = fn(step)
+                after = _cuda.memory_info()
+                nbytes = max(0, before[0] - after[0]) if before and after else 0
                 with self._lock:
+                    if self._byte_budget is not None and self._taken() + nbytes > self._byte_budget:
+                        self._service.exchange([recording.captured], [])  # closed as soon as that is allowed
+                        self._refused = fn, planned
+                        raise MemoryError(f"it takes {nbytes:,} bytes, more than is left of the budget")
                     self._service.adopt([recording.captured])
+                    self._made[recording.captured] = nbytes
+                    self._captures += 1
         except Exception as error:  # degrade to what was there: whatever was wrong, the graphs in service are right
             self._failures += 1
             _log.warning("prewarming a graph for %s failed: %s", dict(zip(self._axes, sizes, strict=True)), error)
             return f"the graph for {sizes[0]} tokens failed, see the log"
-        after = _cuda.memory_info()
-        with self._lock:
-            self._made[recording.captured] = max(0, before[0] - after[0]) if before and after else 0
-            self._captures += 1
         return ""
 
-    def _drop_one(self, planned: list[int], full: tuple[int, ...]) -> bool:
-        """Take the least used graph that the plan does not want out of service; False if there is none."""
+    def _spare(self, planned: list[int], full: tuple[int, ...]) -> list[CapturedStep]:
+        """The graphs that the plan does not want, but the largest: whatever was served stays served."""
         with self._lock:
-            spare = [graph for graph in self._service if graph.sizes[1:] == full and graph.sizes[0] not in planned]
+            ours = [graph for graph in self._service if graph.sizes[1:] == full]
+        return [graph for graph in ours[:-1] if graph.sizes[0] not in planned]
+
+    def _drop_one(
+        self, planned: list[int], full: tuple[int, ...], price: Callable[[Iterable[int]], float], *, made: bool = False
+    ) -> bool:
+        """Take the graph out of service that is missed least of those that the plan does not want; False if none is.
+
+        With `made`, of those that the byte budget counts.
+        """
+        with self._lock:
+            spare = [graph for graph in self._spare(planned, full) if not made or self._made.get(graph)]
             if not spare:
                 return False
-            graph = min(spare, key=lambda graph: graph.steps)
+            present = {graph.sizes[0] for graph in self._service if graph.sizes[1:] == full}
+            graph = min(spare, key=lambda graph: price(present - {graph.sizes[0]}))
             self._service.exchange([graph], [])
             self._closings += 1
             self._settle()
         return True
 
     def _settle(self) -> None:
-        """Settle the account of prewarmed graphs that are no longer in service. Holds the manager's lock."""
-        present = set(self._service)
+        """Settle the account of prewarmed graphs that are closed. Holds the manager's lock."""
+        present = {*self._service, *(graph for _, graph in self._service.leaving)}
         for graph in [graph for graph in self._made if graph not in present]:
             self._unused += graph.steps == 0
             del self._made[graph]
 
-    def _fits_bytes(self) -> bool:
+    def _taken(self, *, leaving: bool = True) -> int:
+        """Bytes that prewarming takes; without `leaving`, once the graphs out of service are closed."""
+        with self._lock:
+            self._settle()
+            graphs = self._made if leaving else [graph for graph in self._service if graph in self._made]
+            return sum(self._made[graph] for graph in graphs) + _nbytes(self._reserved)
+
+    def _fits_bytes(self, *, leaving: bool = True) -> bool:
         """Whether one more graph, as large as the largest so far, stays within the byte budget."""
         if self._byte_budget is None:
             return True
-        with self._lock:
-            self._settle()
-            taken = sum(self._made.values()) + self._reserved_bytes
-        return taken + max(self._made.values(), default=0) <= self._byte_budget
+        return self._taken(leaving=leaving) + max(self._made.values(), default=0) <= self._byte_budget
 
     def _prewarm_buffers(self) -> None:
         if self._specs is None or not len(self._demand):
             return
-        room = None if self._byte_budget is None else self._byte_budget - sum(self._made.values())
-        reserved = 0
-        for size in self._forecast(self.max_graphs):
-            specs = list(self._specs(size))
-            nbytes = sum(spec.size_bytes for spec in specs)
-            if room is not None and reserved + nbytes > room:
-                continue
-            try:
-                self._pool.reserve(specs)
-            except (NumbabufError, MemoryError) as error:
-                self._failures += 1
-                _log.warning("prewarming buffers for %d tokens failed: %s", size, error)
-                break
-            reserved += nbytes
-        self._reserved_bytes = reserved
+        room = float("inf") if self._byte_budget is None else self._byte_budget - sum(self._made.values())
+        try:
+            wanted: Counter[BufferSpec] = Counter()  # at once: steps of two sizes may share what both of them name
+            for size in self._forecast(self.max_graphs):
+                more = wanted | Counter(self._specs(size))
+                if _nbytes(more) <= room:
+                    wanted = more
+            if _nbytes(self._reserved | wanted) > room:
+                # All of it: the pool frees what is idle longest, which need not be what is no longer wanted.
+                self._pool.trim(max(0, self._pool.stats().reserved_bytes - _nbytes(self._reserved)))
+                self._reserved.clear()
+            for spec, count in wanted.items():
+                self._pool.reserve([spec] * count)
+                self._reserved[spec] = max(count, self._reserved[spec])
+        except Exception as error:  # as for graphs: what was reserved stays right
+            self._failures += 1
+            _log.warning("prewarming buffers failed: %s", error)
 
     # ------------------------------------------------------------------------------------------------ background
 
@@ -408,7 +448,7 @@ class PredictiveBufferManager(InputBufferManager):
             raise ValueError(f"interval_s is {interval_s!r}: give a positive number of seconds that a thread can wait")
         with self._lock:
             self._check_open()
-            if self._worker is not None and self._worker.is_alive():
+            if self._worker is not None and self._worker.is_alive() and not self._stopping.is_set():
                 return
             self._stopping = threading.Event()  # this thread's own: the end of an earlier one cannot end it
             self._worker = threading.Thread(
@@ -429,11 +469,15 @@ class PredictiveBufferManager(InputBufferManager):
                 _log.warning("prewarming failed: %s", error)
 
     def stop(self) -> None:
-        """End the background thread and wait for it, but in a function that it captures. Again, it does nothing."""
+        """End the background thread and wait for it; in a function that is being captured, without waiting.
+
+        Again, it does nothing.
+        """
+        inside = _owned(self._lock) or _owned(self._learning)  # the thread may be waiting for one of them
         with self._lock:
-            worker, self._worker = self._worker, None
+            worker = self._worker
             self._stopping.set()
-        if worker is not None and worker is not threading.current_thread():
+        if worker is not None and not inside:
             worker.join()
 
     def close(self) -> None:
@@ -455,8 +499,7 @@ class PredictiveBufferManager(InputBufferManager):
 
     def prediction(self) -> PredictionStats:
         """Return one snapshot of how the predictions did."""
-        with self._learning:
-            self._learn()
+        with self._learned():
             with self._lock:
                 self._settle()
                 return PredictionStats(
@@ -468,12 +511,34 @@ class PredictiveBufferManager(InputBufferManager):
                     closed=self._closings,
                     failures=self._failures,
                     graph_bytes=sum(self._made.values()),
-                    reserved_bytes=self._reserved_bytes,
+                    reserved_bytes=_nbytes(self._reserved),
                     padding=self.stats().padding,
                     refits=self._refitter.refits,
                     capture_seconds=self._capture_seconds,
                     model_seconds=self._model_seconds,
                 )
+
+
+def _by_value(
+    missing: list[int], present: list[int], max_size: int, price: Callable[[Iterable[int]], float]
+) -> list[int]:
+    """Order sizes by what each saves on top of those before it, the most first; an absent `max_size` leads."""
+    ready, order, left = set(present), [], missing[::-1]
+    while left:
+        best = max_size if max_size in left else min(left, key=lambda extra: price({*ready, extra}))
+        left.remove(best)
+        order.append(best)
+        ready.add(best)
+    return order
+
+
+def _nbytes(specs: Counter[BufferSpec]) -> int:
+    return sum(spec.size_bytes * count for spec, count in specs.items())
+
+
+def _owned(lock: Any) -> bool:
+    """Whether this thread holds an RLock; what `threading.Condition` asks of it too."""
+    return bool(lock._is_owned())
 
 
 def _size_and_room(size: int) -> str:

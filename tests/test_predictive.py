@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from numbabuf import BufferSpec, PredictiveBufferManager, SimpleBufferPool
+from numbabuf import BufferSpec, PredictiveBufferManager, SimpleBufferPool, Tier, predictive
 from numbabuf._cuda import cuda, launch_shape
 from numbabuf.demand import DemandModel
 from numbabuf.errors import BusyError
@@ -187,6 +187,55 @@ def test_buffers_are_reserved_for_the_forecast_within_the_byte_budget(make):
         manager.close()
 
 
+def test_reserved_buffers_stay_within_the_byte_budget_as_demand_drifts(make):
+    with SimpleBufferPool() as pool:
+        manager = make(pool=pool, specs=lambda n: [BufferSpec(n, "float64", Tier.PINNED)], prewarm_bytes=8 * 200)
+        for low in (20, 70, 110, 50):
+            for size in [low, low + 60] * 100:
+                manager.record_usage(size)
+            manager.prewarm()
+            assert 0 < pool.stats().reserved_bytes - pool.stats().waste_bytes <= 8 * 200
+            assert 0 < manager.prediction().reserved_bytes <= 8 * 200
+            misses = pool.stats().misses
+            with pool.allocate(BufferSpec(manager.predict_next_sizes(1)[0], "float64", Tier.PINNED)):
+                assert pool.stats().misses == misses, "what is asked for now takes the place of what was"
+        manager.close()
+
+
+class Card:
+    """Device memory that captures use up, 1,000 bytes each."""
+
+    def __init__(self, fn, monkeypatch):
+        monkeypatch.setattr(predictive._cuda, "memory_info", lambda: ((1 << 30) - 1000 * len(fn.sizes), 1 << 30))
+
+
+def test_a_spent_byte_budget_goes_on_with_the_demand(make, monkeypatch):
+    manager, fn = make(prewarm_bytes=3000, max_graphs=4, window=256), Doubler()
+    Card(fn, monkeypatch)
+    manager.capture_buckets(fn, [CAPACITY])
+    for demand in ([3, 5, 40], [90, 120, 150], [7, 60, 200]):
+        run(manager, demand * 200)
+        for _ in range(3):  # what makes room is closed once its replays are done
+            manager.prewarm()
+        assert in_service(manager) == manager._refitter.sizes.tolist(), "what is planned has the place of what was"
+        assert demand[-1] in in_service(manager)
+        assert manager.prediction().graph_bytes <= 3000
+        assert in_service(manager)[-1] == CAPACITY
+    assert manager.prediction().failures == 0
+
+
+def test_a_graph_that_turns_out_beyond_the_budget_is_given_up_and_not_tried_again(make, monkeypatch):
+    manager, fn = make(prewarm_bytes=999), Doubler()
+    Card(fn, monkeypatch)
+    manager.capture_buckets(fn, [CAPACITY])
+    run(manager, [3] * 100)
+    assert manager.prewarm() == () and in_service(manager) == [CAPACITY]
+    tried = list(fn.sizes)
+    assert manager.prewarm() == () and fn.sizes == tried
+    assert (manager.prediction().failures, manager.prediction().graph_bytes) == (1, 0)
+    run(manager, [3, 90])
+
+
 def test_a_pool_without_room_is_a_counted_failure(make):
     with SimpleBufferPool(max_bytes=1 << 16) as pool:
         manager, fn = make(pool=pool, specs=lambda n: [BufferSpec(1 << 20)]), Doubler()
@@ -285,6 +334,9 @@ def test_what_is_no_function_and_no_demand_is_refused(make):
     assert manager.prediction().failures == 0
     with pytest.raises(TypeError, match="DemandModel"):
         make(demand={})
+    for name in ("cost", "specs", "clock"):
+        with pytest.raises(TypeError, match=f"{name} is 5: give"):
+            make(**{name: 5})
 
 
 def test_a_closed_manager_prewarms_nothing(make):
@@ -337,6 +389,33 @@ def test_a_capture_may_ask_while_the_thread_prewarms(make, ask):
             assert len(manager.demand) == 120
         step.result = fn(step)
     run(manager, [3, 8])
+
+
+def test_a_captured_function_may_stop_the_thread_that_waits_for_it(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    run(manager, [3, 5, 40] * 40)
+    done = []
+
+    def stopping(step):
+        if not done:
+            while manager._learning.acquire(blocking=False):  # until the thread has it, and waits for the manager
+                manager._learning.release()
+            with pytest.raises(BusyError, match="outside of the captured function"):
+                manager.predict_next_sizes()
+            manager.stop()
+            done.append(step)
+        return fn(step)
+
+    def capture():
+        manager.start(1e-3)
+        manager.capture_buckets(stopping, [8])
+
+    other = threading.Thread(target=capture, daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive() and done
+    manager.stop()
 
 
 def test_a_captured_function_may_ask_and_stop_its_own_thread(make):
