@@ -115,7 +115,7 @@ class BufferEntry:
             # A close makes all blocks not plain, then frees what is idle. Where it comes between the look above and
             # the way home, it misses this one, and the look here finds that out; one that comes later frees it.
             if not block.plain:
-                self._arrive_late(block)  # type: ignore[unreachable]  # another thread may have changed it
+                self._arrive_late(block)  # type: ignore[unreachable]  # by another thread
         else:
             self._release_slowly(ticket, block, stream)
 

@@ -6,7 +6,6 @@ hand it on: who may still use it, and whether a live graph does. Knows no pool. 
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from bisect import bisect_right
@@ -76,6 +75,8 @@ class Block:
         Streams with queued work on the block, besides the releasing one.
     events : list of (stream, event)
         Marks after which the block is done, one per stream that used the last lease.
+    pins : dict of int to weakref of Pin
+        By thread, as two that capture at once would overwrite each other's.
     pool
         A function that returns the pool, or None when that is gone.
     site : str
@@ -84,7 +85,7 @@ class Block:
 
     __slots__ = (
         "__weakref__", "address", "array", "base", "clean_at", "device_views", "events", "generation", "home", "nbytes",
-        "pin", "plain", "pool", "site", "spec", "tier", "users", "views",
+        "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
     )  # fmt: skip
 
     home: Any
@@ -106,7 +107,7 @@ class Block:
         self.clean_at = 0
         self.users: tuple[Any, ...] = ()
         self.events: list[tuple[Any, Any]] = []
-        self.pin: weakref.ref[Pin] | None = None
+        self.pins: dict[int, weakref.ref[Pin]] = {}
         self.plain = True
         self.pool: Any = None
         self.site = ""
@@ -158,7 +159,7 @@ class Block:
     @property
     def pinned_by_graph(self) -> bool:
         """Whether a graph that is alive, or a capture that is open, reads or writes the block."""
-        return self.pin is not None and self.pin() is not None
+        return any(pin() is not None for pin in list(self.pins.values()))
 
     def __repr__(self) -> str:
         return f"<Block {self.nbytes} bytes {self.tier.value} at {self.address:#x}, {self.spec}>"
@@ -282,31 +283,30 @@ class Ledger:
 
 # ------------------------------------------------------------------------------------------------- who is under a graph
 
+# No lock here: a capture looks up its operands, and a finaliser that the collector runs in the middle of that may wait
+# for a pool's lock, whose holder may be registering a block.
 _registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
-_registry_lock = threading.RLock()
-_sorted: list[int] | None = None  # the addresses in order; None after a change
-
-
-def _after_fork_in_child() -> None:
-    """Another thread of the parent may have held the lock, and will never let it go here."""
-    global _registry_lock, _sorted
-    _registry_lock, _sorted = threading.RLock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+_sorted: list[list[int]] = []  # the addresses in order, once somebody asked; each block that comes begins another
 
 
 def _register(block: Block) -> None:
     global _sorted
-    with _registry_lock:
-        _registry[block.address] = block
-        _sorted = None
+    _registry[block.address] = block
+    _sorted = []  # not emptied: who is sorting the addresses just now, without this one, has the list before
+
+
+def _block_at(address: int) -> Block | None:
+    """Return the block that an address lies in."""
+    known = _sorted
+    if not known:
+        known.append(sorted(ref.key for ref in _registry.valuerefs()))  # type: ignore[attr-defined]
+    place = bisect_right(known[0], address)
+    block = _registry.get(known[0][place - 1]) if place else None
+    return block if block is not None and address < block.address + block.nbytes else None
 
 
 def _blocks_of(operand: Any) -> Iterator[Block]:
     """Yield the blocks that an operand of a capture lies in; the operand is an array or a tuple of arguments."""
-    global _sorted
     if isinstance(operand, (tuple, list)):
         for part in operand:
             yield from _blocks_of(part)
@@ -317,23 +317,20 @@ def _blocks_of(operand: Any) -> Iterator[Block]:
         address = _cuda.address(operand)
     else:
         return
-    with _registry_lock:
-        if _sorted is None:
-            _sorted = sorted(_registry.keys())
-        place = bisect_right(_sorted, address)
-        block = _registry.get(_sorted[place - 1]) if place else None
-    if block is not None and address < block.address + block.nbytes:
+    block = _block_at(address)
+    if block is not None:
         yield block
 
 
 def _pin_operand(operand: Any) -> list[Pin]:
     """Pin the blocks under an operand; a graph keeps the pins, and with them the blocks, until it is closed."""
-    pins = []
+    pins, thread = [], threading.get_ident()
     for block in _blocks_of(operand):
-        pin = block.pin() if block.pin is not None else None
+        known = block.pins.get(thread)
+        pin = None if known is None else known()
         if pin is None:
             pin = Pin()
-            block.pin = weakref.ref(pin)
+            block.pins[thread] = weakref.ref(pin)
         block.plain = False  # from here on a release takes the way that looks at the pin
         pins.append(pin)
     return pins

@@ -861,7 +861,7 @@ def test_a_use_whose_end_is_interrupted_at_the_lock_has_ended(make, stream, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         with pool.use([entry], stream=stream):
             patch.setattr(pool._store, "lock", Noting(pool._store.lock, asked))
-    assert caught and entry.movable and entry._record.mark is not None, "its work is marked: who comes next waits"
+    assert caught and entry.movable and entry._record.mark is not None, "its work is marked"
     entry.release()
 
 

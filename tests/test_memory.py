@@ -1,5 +1,6 @@
 """Blocks, size classes, tickets and the byte account."""
 
+import bisect
 import gc
 import threading
 import weakref
@@ -185,3 +186,63 @@ def test_blocks_made_by_many_threads_are_all_known():
     for thread in threads:
         thread.join()
     assert all(len(memory._pin_operand(block.array)) == 1 for block in blocks)
+
+
+def test_a_finaliser_may_wait_for_a_pool_in_the_middle_of_a_look_up(monkeypatch):
+    """The collector runs it in a capture; the pool's lock is with a thread that is registering a block meanwhile."""
+    block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
+    pools_lock, taken, looking, came = threading.RLock(), threading.Event(), threading.Event(), []
+
+    def grow():
+        with pools_lock:
+            taken.set()
+            assert looking.wait(60)
+            Block(BufferSpec(16, "uint8", Tier.PINNED), 16)
+
+    def collected(addresses, address):
+        looking.set()
+        came.append(pools_lock.acquire(timeout=10))
+        return bisect.bisect_right(addresses, address)
+
+    other = threading.Thread(target=grow)
+    other.start()
+    assert taken.wait(60)
+    monkeypatch.setattr(memory, "bisect_right", collected)
+    pins = memory._pin_operand(block.array)
+    other.join(60)
+    assert came == [True] and len(pins) == 1
+
+
+def test_a_block_registered_while_the_addresses_are_sorted_is_known(monkeypatch):
+    made = []
+
+    def sorted_late(addresses):
+        found = sorted(addresses)
+        if not made:
+            made.append(Block(BufferSpec(64, "uint8", Tier.PINNED), 64))
+        return found
+
+    block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
+    monkeypatch.setattr(memory, "sorted", sorted_late, raising=False)
+    assert len(memory._pin_operand(block.array)) == len(memory._pin_operand(made[0].array)) == 1
+
+
+@pytest.mark.parametrize("last", ["mine", "others"])
+def test_a_block_that_two_captures_pin_at_once_stays_pinned_by_both(monkeypatch, last):
+    block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
+    others, Pin = [], memory.Pin
+
+    def between():
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=lambda: others.extend(memory._pin_operand(block.array)))
+            other.start()
+            other.join()
+        return Pin()
+
+    monkeypatch.setattr(memory, "Pin", between)
+    mine = memory._pin_operand(block.array)
+    first, second = (mine, others) if last == "others" else (others, mine)
+    first.clear()
+    assert block.pinned_by_graph
+    second.clear()
+    assert not block.pinned_by_graph

@@ -1312,35 +1312,3 @@ def test_a_plain_release_that_races_with_the_close_frees(pool):
     entry.release()
     assert pool._store.ledger.total == 0 and not pool._store.blocks, "freed without anybody looking"
     pool.check()
-
-
-FORK_UNDER_A_LOCK = """
-import os, signal, threading
-from numbabuf import BufferSpec, SimpleBufferPool, memory
-held, over = threading.Event(), threading.Event()
-
-def hold():
-    with memory._registry_lock:
-        held.set()
-        over.wait()
-
-thread = threading.Thread(target=hold)
-thread.start()
-held.wait()
-child = os.fork()
-if child == 0:
-    signal.alarm(20)  # ends a child that waits for ever
-    SimpleBufferPool().allocate(BufferSpec(8, "uint8", "pinned")).release()
-    os._exit(0)
-over.set()
-thread.join()
-print(os.waitpid(child, 0)[1])
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork") or not _cuda.SIM, reason="no driver works in a forked child")
-def test_a_fork_while_another_thread_registers_memory():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK_UNDER_A_LOCK], capture_output=True, text=True, timeout=100, cwd=ROOT
-    )
-    assert done.stdout.strip() == "0", done.stderr
