@@ -80,7 +80,11 @@ class _TierStore(Store):
                     )
                 ticket = super().grow(spec)
                 if spec.tier is Tier.MANAGED:
-                    self.settled += _cuda.settle_on_host(ticket.block.base, self.order.default)
+                    try:
+                        self.settled += _cuda.settle_on_host(ticket.block.base, self.order.default)
+                    except BaseException:
+                        self.free(ticket)
+                        raise
                 return ticket
         return super().grow(spec)
 
@@ -104,7 +108,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         give pinned memory at least what all buffers need together.
     policy : {"frequency", "lru"} or Policy
         What goes first under pressure, and what is worth letting in. "frequency" is decayed uses x cost of a move /
-        bytes, guarded by recency (`policies.Guarded`).
+        bytes, guarded by recency (`policies.Guarded`). A Policy serves one pool.
     on_oom, events
         As in `SimpleBufferPool`.
 
@@ -113,7 +117,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
     TypeError
         A budget is no whole number, or `policy` neither a name nor a Policy.
     ValueError
-        A budget is negative, or the policy unknown.
+        A budget is negative, or the policy unknown or another pool's.
 
     Notes
     -----
@@ -156,7 +160,6 @@ class HierarchicalBufferPool(SimpleBufferPool):
     ) -> None:
         budgets = {Tier.DEVICE: device_bytes, Tier.MANAGED: managed_bytes, Tier.PINNED: pinned_bytes}
         budgets = {tier: whole_number(f"{tier.value}_bytes", budget) for tier, budget in budgets.items()}
-        self.policy = make_policy(policy, device_bytes)
         self._begin(_TierStore(budgets, weakref.ref(self), events), on_oom)
         self._keys = itertools.count(1)
         self._records: dict[int, Record] = {}
@@ -164,6 +167,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         self._places: dict[Tier, set[int]] = {tier: set() for tier in Tier}  # keys by where the contents are
         self._homes: set[int] = set()  # keys of those with a home
         self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
+        self.policy = make_policy(policy, device_bytes)  # last: it takes the policy, and nothing fails from here on
 
     @property
     def _lock(self) -> threading.RLock:
@@ -428,6 +432,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         The lock alone does not: pressure that arises inside a move picks its victims on the same thread, and so do
         finalisers that the collector runs in the middle of it.
         """
+        self._sweep()  # it leaves alone what is claimed
         claimed = []
         try:
             for entry in entries:
@@ -450,13 +455,12 @@ class HierarchicalBufferPool(SimpleBufferPool):
     def _bring_up(self, entries: Sequence[TieredEntry], *, insist: bool, judge: bool) -> None:
         """Promote claimed buffers: all of them, or (not `insist`) those that there is room for.
 
-        `judge`: ask the policy whether a buffer is worth its victims. One under a live graph has a place to go to, and
-        cannot be read in place: the graph knows one address only.
+        `judge`: they will be used; ask the policy whether a buffer is worth its victims. One under a live graph has a
+        place to go to, and cannot be read in place: the graph knows one address only.
         """
-        self._sweep()
         wanted = []
         for entry in entries:
-            must = insist or entry._record.home is not None
+            must = insist or (judge and entry._record.home is not None)
             if entry.tier is not Tier.DEVICE:
                 if must:
                     self._refuse_busy(entry)
@@ -496,7 +500,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._transfer([(victim, None) for victim in victims])
             self._transfer([(entry, Tier.DEVICE) for entry in coming])
         except Exception as error:
-            if insist or not _cuda.is_out_of_memory(error) or any(e._record.home is not None for e in coming):
+            homes = judge and any(entry._record.home is not None for entry in coming)
+            if insist or homes or not _cuda.is_out_of_memory(error):
                 raise
 
     def _make_room(self, tier: Tier, nbytes: int) -> bool:
@@ -570,7 +575,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 self._forget(record)
         for key in list(self._homes):
             record = self._records.get(key)
-            if record is not None and record.home is not None and not record.home.block.pinned_by_graph:
+            if record is None or record.home is None or record.uses:  # in use: it may be on its way there
+                continue
+            if not record.home.block.pinned_by_graph:
                 self._leave_home(record)
 
     def _forget(self, record: Record) -> None:
@@ -628,24 +635,36 @@ class HierarchicalBufferPool(SimpleBufferPool):
             return record.copy, False
         if not down and record.home is not None and tier is record.home.block.tier:
             return record.home, False
-        if tier is None:
-            lower = _below(entry.tier)
-            tier = next((t for t in lower[:-1] if self._store.room_in(t) >= max(1, entry.nbytes)), lower[-1])
-        return self._obtain(_placed(entry.spec, tier)), True
+        *others, last = _below(entry.tier) if tier is None else (tier,)
+        for other in others:
+            if self._store.room_in(other) >= max(1, entry.nbytes):
+                found = self._obtain(_placed(entry.spec, other))  # its budget has room, and the card may have none
+                if isinstance(found, Ticket):
+                    return found, True
+        found = self._obtain(_placed(entry.spec, last))
+        if isinstance(found, Ticket):
+            return found, True
+        raise found
 
-    def _obtain(self, spec: BufferSpec) -> Ticket:
-        """Take memory from the pool for work on the mover's stream. Pressure here may move what is not claimed."""
+    def _obtain(self, spec: BufferSpec) -> Ticket | Exception:
+        """Take memory from the pool for work on the mover's stream, or return the error that says there is none.
+
+        Pressure here may move what is not claimed.
+        """
         store, stream = self._store, self._mover.stream
         ticket, kind = store.find(spec, stream)
         if ticket is None:
             if not self._make_room(spec.tier, spec.size_bytes):
-                raise TierFullError(
+                return TierFullError(
                     f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
                     "free, and not enough of the rest can move. Release buffers, or raise the budget"
                 )
             ticket, kind = store.find(spec, stream)
         if ticket is None:
-            ticket = store.grow_or_trim(spec)
+            found = store.grow_or_trim(spec)
+            if not isinstance(found, Ticket):
+                return found
+            ticket = found
         store.lease(ticket, kind, stream)
         return ticket
 

@@ -70,14 +70,11 @@ class Ladder:
             "reap": self._reap, "trim": self._trim, "demote": demote, "collect": self._collect, "flush": self._flush,
             "callback": self._callback,
         }  # fmt: skip
-        try:
-            return store.grow(spec), "miss"
-        except Exception as error:
-            if not _cuda.is_out_of_memory(error):
-                raise
-            last = error
+        found = store.try_to_grow(spec)
         report: list[str] = []
         for name, rung in rungs.items():
+            if isinstance(found, Ticket):
+                break
             note = rung(spec.tier, max(1, spec.size_bytes))
             if note is None:
                 continue
@@ -87,15 +84,12 @@ class Ladder:
                 ticket, kind = store.find(spec, stream)
             if ticket is not None:
                 return ticket, kind
-            try:
-                return store.grow(spec), "miss"
-            except Exception as error:
-                if not _cuda.is_out_of_memory(error):
-                    raise
-                last = error
+            found = store.try_to_grow(spec)
+        if isinstance(found, Ticket):
+            return found, "miss"
         with store.lock:
             self.counts["failed"] += 1
-        raise TierFullError(self._account(spec, report, last)) from last
+        raise TierFullError(self._account(spec, report, found)) from found
 
     def _reap(self, tier: Tier, nbytes: int) -> str:
         with self._store.lock:

@@ -50,6 +50,9 @@ class Policy(ABC):
         Key -> rank, of all keys used so far.
     """
 
+    taken = False
+    """Whether a pool has it. Keys are a pool's own, and so is the lock that guards the policy: no other may have it."""
+
     def __init__(self, cost: Callable[[int], float] = move_seconds) -> None:
         self.cost = cost
         self.now = 0
@@ -289,16 +292,19 @@ POLICIES: dict[str, Callable[[int], Policy]] = {"frequency": Guarded, "lru": lam
 
 
 def make_policy(policy: str | Policy, budget_bytes: int) -> Policy:
-    """Return the policy of that name, or `policy` itself where it is one.
+    """Return the policy of that name, or `policy` itself where it is one, for one pool.
 
     Raises
     ------
     ValueError
-        There is no policy of that name.
+        There is no policy of that name, or another pool has this one.
     TypeError
         `policy` is neither a name nor a Policy.
     """
     if isinstance(policy, Policy):
+        if policy.taken:
+            raise ValueError(f"{policy!r} serves another pool, whose buffers it remembers: give each pool its own")
+        policy.taken = True
         return policy
     if not isinstance(policy, str):
         raise TypeError(f"policy is {policy!r}: give one of {', '.join(POLICIES)}, or a Policy")

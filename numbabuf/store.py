@@ -134,7 +134,8 @@ class Store:
             try:
                 self.put_back(ticket)
             except BaseException:
-                block.users = users
+                if not ticket.placed:  # as in `put_back`
+                    block.users = users
                 raise
             if not self._hot:
                 self.watch.tell("release", block)
@@ -182,6 +183,7 @@ class Store:
         """Put a buffer that needs no mark on its shelf, or free it if the pool is closed. Lock held."""
         if self.closed:
             self.free(ticket)
+            self.order.spare.clear()  # as in `close`
         else:
             ticket.block.home(ticket)
 
@@ -239,6 +241,7 @@ class Store:
         found = False
         while self._lost:
             block = self._lost.popleft().block
+            self._park(self._issue(block))  # first, as the log is anybody's code; `settle` puts it back
             found = True
             self.counts["lost"] += 1
             _log.warning(
@@ -246,7 +249,6 @@ class Store:
                 block.spec, f" (allocated at {block.site})" if block.site else "",
             )  # fmt: skip
             self.tell("lost", block)
-            self._park(self._issue(block))  # `settle` puts it back
         return found
 
     def finish_pending(self) -> None:
@@ -296,16 +298,23 @@ class Store:
                     self.ledger.withdraw(spec.tier, nbytes)
             raise
 
-    def grow_or_trim(self, spec: BufferSpec) -> Ticket:
-        """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
+    def try_to_grow(self, spec: BufferSpec) -> Ticket | Exception:
+        """Grow; where there is no room, return the error that says so."""
         try:
             return self.grow(spec)
         except Exception as error:
             if not _cuda.is_out_of_memory(error):
                 raise
+            return error
+
+    def grow_or_trim(self, spec: BufferSpec) -> Ticket | Exception:
+        """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
+        found = self.try_to_grow(spec)
+        if isinstance(found, Ticket):
+            return found
         self.make_room(spec.tier, max(1, spec.size_bytes))
         _cuda.flush_pending_frees()
-        return self.grow(spec)
+        return self.try_to_grow(spec)
 
     def reserve(self, specs: list[BufferSpec]) -> list[BufferSpec]:
         """Have an idle buffer for each of `specs`, free for any stream; return those that do not fit.
@@ -333,11 +342,10 @@ class Store:
                 for block in unsure:
                     block.clean_at = block.generation
             for spec in missing:
-                try:
-                    made.append(self.grow_or_trim(spec))
-                except Exception as error:
-                    if not _cuda.is_out_of_memory(error):
-                        raise
+                found = self.grow_or_trim(spec)
+                if isinstance(found, Ticket):
+                    made.append(found)
+                else:
                     refused.append(spec)
         except BaseException:
             refused = missing

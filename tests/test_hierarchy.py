@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pool_contract import PoolContract
 
-from numbabuf import _cuda, hierarchy
+from numbabuf import _cuda, hierarchy, memory
 from numbabuf._cuda import cuda
 from numbabuf.errors import BusyError, CaptureError, ClosedError, StaleBufferError, TierFullError
 from numbabuf.hierarchy import HierarchicalBufferPool
@@ -116,6 +116,16 @@ def test_wrong_arguments(options, error, text):
     budgets.update({f"{key}_bytes" if key in ("device", "managed") else key: value for key, value in options.items()})
     with pytest.raises(error, match=text):
         HierarchicalBufferPool(**budgets)
+
+
+def test_a_policy_serves_one_pool(make):
+    own = Frequency()
+    for options in ({"on_oom": 3}, {"events": -1}):
+        with pytest.raises((TypeError, ValueError)):
+            make(policy=own, **options)
+    make(policy=own)
+    with pytest.raises(ValueError, match="another pool.*give each pool its own"):
+        make(policy=own)
 
 
 def test_only_this_pools_live_entries_are_taken(make, stream):
@@ -782,6 +792,63 @@ def test_stats_and_repr(make, stream):
     assert stats.in_use_bytes + stats.idle_bytes + stats.pending_bytes == stats.reserved_bytes == 1536
     assert "1536 bytes" in repr(pool) and "Hierarchical" in repr(pool)
     assert pool.tier_of(a) is Tier.DEVICE and pool.tier_of(b) is Tier.PINNED
+
+
+def test_what_the_card_has_no_room_for_goes_below_managed_memory(make, monkeypatch):
+    pool = make(managed=8192)
+    entry = pool.allocate(spec(64))
+    monkeypatch.setattr(_cuda, "memory_info", lambda: (16, 1 << 20))
+    pool.demote([entry])
+    assert entry.tier is Tier.PINNED
+    entry.release()
+
+
+def test_managed_memory_that_takes_no_advice_is_not_lost(make, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no advice")
+
+    pool = make(managed=8192)
+    monkeypatch.setattr(_cuda, "settle_on_host", refuse)
+    with pytest.raises(RuntimeError, match="no advice"):
+        pool.allocate(spec(64, Tier.MANAGED))
+    assert (pool.stats().lost, pool.stats().in_use_count) == (0, 0)
+
+
+def test_a_hint_about_what_is_fixed_is_no_error(make, stream):
+    """A live graph knows the buffer's place on the device, and the caller the one in pinned memory."""
+    pool = make()
+    entry = pool.allocate(spec(64, Tier.PINNED))
+    pool.promote([entry])
+    pins = memory._pin_operand(entry._held[0].block.array)
+    pool.demote([entry])
+    assert entry._record.home is not None
+    assert entry.array.size == 64 and entry._record.fixed
+    pool.prefetch([entry])
+    assert entry.tier is Tier.PINNED and pins
+    entry.release()
+
+
+def test_a_graphs_memory_stays_put_while_its_buffer_is_on_the_way(make, monkeypatch):
+    """The graph is closed when the buffer's way home is chosen, and pressure comes before it is gone."""
+    pool = make(device=2048)
+    a, b = pool.allocate(spec(1024)), pool.allocate(spec(1024))
+    pins = [memory._pin_operand(a._held[0].block.array)]
+    pool.demote([a])
+    pool.demote([b])
+    target = pool._target
+
+    def closed_meanwhile(entry, tier):
+        found = target(entry, tier)
+        if pins:
+            assert found[0] is a._record.home
+            pins.clear()
+            pool._make_room(Tier.DEVICE, 2048)
+        return found
+
+    monkeypatch.setattr(pool, "_target", closed_meanwhile)
+    pool.promote([a, b])
+    pool.check()
+    assert a._held[0].block is not b._held[0].block
 
 
 # ------------------------------------------------------------------------------------------ interrupted, other threads

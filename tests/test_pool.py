@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pool_contract import PoolContract, add_one
 
-from numbabuf import _cuda
+from numbabuf import _cuda, store
 from numbabuf.errors import CaptureError, ClosedError, StaleBufferError, TierFullError
 from numbabuf.memory import EXACT_ABOVE, Block
 from numbabuf.pool import SimpleBufferPool
@@ -1257,6 +1257,42 @@ def test_an_interrupt_between_the_driver_and_the_account_leaves_no_promise(monke
                 pool.allocate(pinned(1024))
         pool.allocate(pinned(1024)).release()
         pool.check()
+
+
+def test_an_interrupt_behind_the_shelf_leaves_no_users_there(streams, monkeypatch):
+    _, one, two = streams
+    with SimpleBufferPool() as pool:
+        entry = pool.allocate(device(64), stream=one)
+        put_back = pool._store.put_back
+
+        def interrupted(ticket):
+            put_back(ticket)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pool._store, "put_back", interrupted)
+            entry.release(stream=two)
+        assert pool.stats().in_use_count == 0
+        assert [ticket.block.users for ticket in pool._store.idle()] == [()]
+
+
+def test_lost_memory_whose_report_is_interrupted_is_reclaimed(pool, monkeypatch):
+    pool.allocate(pinned(64))
+    gc.collect()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store._log, "warning", interrupt)
+        pool.stats()
+    assert pool.stats().idle_count == 1
+    pool.check()
+
+
+def test_a_late_release_leaves_a_closed_pool_no_events(streams):
+    _, one, _ = streams
+    pool = SimpleBufferPool()
+    entry = pool.allocate(pinned(64))
+    pool.close()
+    entry.release(stream=one)
+    assert not pool._store.order.spare and not pool._store.blocks
 
 
 def test_a_class_hit_that_fails_puts_the_buffer_back_in_order(streams, monkeypatch):
