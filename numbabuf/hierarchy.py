@@ -295,8 +295,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         after = None
         try:
             for entry in entries:  # what holds if an interrupt comes before the mark
-                entry._held[0].block.users = (*entry._held[0].block.users, stream)
-                entry._held[0].block.plain = False
+                entry._held[0].block.add_user(stream)
             if threading.get_ident() not in _cuda.captures:  # one begun within the lease takes the event
                 for entry, mark in zip(entries, seen, strict=True):
                     if entry._record.mark is not mark:
@@ -305,9 +304,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
         except Exception:  # without a mark, who comes next asks the block for its users, and orders itself after them
             pass
         finally:
-            for entry in entries:
-                entry._record.mark = after
-                if after is not None:
+            for entry in entries:  # more may be queued on a fixed one at any time, by who has its address: no mark
+                entry._record.mark = None if entry._record.fixed else after
+                if entry._record.mark is not None:
                     entry._held[0].block.users = (stream,)
 
     def _order_after(self, entry: TieredEntry, stream: Any) -> None:
@@ -398,12 +397,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """Bring a buffer to the tier of its spec, for good: its address is about to be taken outside a lease."""
         with self._lock, self._claimed([entry]):
             record = entry._record
-            if record.fixed or record.uses > 1:  # another thread was faster
+            if record.fixed:  # another thread was faster
                 return
             if record.mark is not None and _cuda.captures:
                 raise CaptureError(f"{entry!r} may be on the move: take its address, or use() it, before the capture")
             if entry.tier is not entry.spec.tier:
                 self._store.refuse_closed()
+                self._refuse_busy(entry)
                 self._transfer([(entry, entry.spec.tier)])
             _cuda.require()
             if record.mark is not None:
@@ -433,16 +433,16 @@ class HierarchicalBufferPool(SimpleBufferPool):
         finalisers that the collector runs in the middle of it.
         """
         self._sweep()  # it leaves alone what is claimed
-        claimed = []
+        claimed, thread = [], threading.get_ident()
         try:
             for entry in entries:
                 entry._block("used")
-                entry._record.uses += 1
+                entry._record.threads.append(thread)
                 claimed.append(entry)
             yield
         finally:
             for entry in claimed:
-                entry._record.uses -= 1
+                entry._record.threads.remove(thread)
 
     def _refuse_busy(self, entry: TieredEntry) -> None:
         if entry._record.fixed:

@@ -7,6 +7,7 @@ Sits above `moves`, below `hierarchy`.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import deque
 from typing import Any
@@ -29,8 +30,9 @@ class Record:
         What the policy knows it by.
     entry : weakref
         When the entry dies, `key` is left in the pool's deque.
-    uses : int
-        Open leases and moves under way; above 0 nobody else may move or release the buffer.
+    threads : list of int
+        The thread of each open lease and each move under way; while there are any, nobody else may move or release the
+        buffer.
     fixed : bool
         The caller has taken its address outside a lease.
     copy : Ticket or None
@@ -41,24 +43,30 @@ class Record:
         After which all queued work on the buffer is done. None: after the work of its block's users.
     """
 
-    __slots__ = ("copy", "entry", "fixed", "home", "key", "mark", "uses")
+    __slots__ = ("copy", "entry", "fixed", "home", "key", "mark", "threads")
 
     def __init__(self, key: int, entry: TieredEntry, gone: deque[int]) -> None:
         self.key = key
         self.entry = weakref.ref(entry, lambda _, append=gone.append: append(key))  # type: ignore[misc]
-        self.uses = 0
+        self.threads: list[int] = []
         self.fixed = False
         self.copy: Ticket | None = None
         self.home: Ticket | None = None
         self.mark: Mark | None = None
 
+    @property
+    def uses(self) -> int:
+        """Number of open leases and moves under way."""
+        return len(self.threads)
+
 
 class TieredEntry(BufferEntry):
     """A leased buffer whose contents may move between tiers. Made by `HierarchicalBufferPool.allocate`.
 
-    Within ``with pool.use([entry], stream=...)`` it stays where it is. Outside, the pool may move it, and whoever takes
-    its `array`, `address`, `device_array` or ``__cuda_array_interface__`` there, or names a stream of their own for it,
-    fixes it: it is brought to the tier of its spec, the host waits for the moves of it, and there it stays, until it is
+    Within ``with pool.use([entry], stream=...)`` it stays where it is. Outside, which is also where all other threads
+    are, the pool may move it, and whoever takes its `array`, `address`, `device_array` or ``__cuda_array_interface__``
+    there, or names a stream of their own for it, fixes it: it is brought to the tier of its spec (BusyError where
+    another thread's use keeps it from that), the host waits for the moves of it, and there it stays, until it is
     released or `HierarchicalBufferPool.unfix` is told that the address is not used any more. So a program that knows
     nothing of tiers finds addresses as constant as in any other pool, and orders its own work as there.
 
@@ -89,7 +97,7 @@ class TieredEntry(BufferEntry):
         pool = block.pool()
         if pool is not None and not self._record.fixed:
             with pool._lock:  # a move by another thread counts as a use, and has ended when the lock is had
-                if not self._record.uses:
+                if threading.get_ident() not in self._record.threads:
                     pool._fix(self)
 
     @property

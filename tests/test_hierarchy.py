@@ -16,6 +16,7 @@ from numbabuf._cuda import cuda
 from numbabuf.errors import BusyError, CaptureError, ClosedError, StaleBufferError, TierFullError
 from numbabuf.hierarchy import HierarchicalBufferPool
 from numbabuf.manager import InputBufferManager
+from numbabuf.memory import same_stream
 from numbabuf.policies import Frequency
 from numbabuf.spec import BufferSpec, BufferState, Tier
 
@@ -970,6 +971,63 @@ def test_an_address_taken_while_another_thread_moves_the_buffer_is_fixed(make, m
     monkeypatch.undo()
     other.join()
     assert found == [entry._held[0].block.address] and not entry.movable
+
+
+def elsewhere(function):
+    """Call a function in another thread; return what it returned or raised."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(function())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    return outcome[0]
+
+
+def test_an_address_taken_while_another_thread_uses_the_buffer_stays_valid(make, stream):
+    pool = make(device=1024)
+    entry, other = pool.allocate(spec(1024)), pool.allocate(spec(1024))
+    with pool.use([entry], stream=stream):
+        address = elsewhere(lambda: entry.address)
+    write(pool, other, 1, stream)
+    assert entry._held[0].block.address == address and not entry.movable
+    pool.unfix([entry])
+    assert entry.movable
+
+
+def test_the_address_of_what_another_thread_uses_elsewhere_is_refused(make, stream):
+    """Used in place in pinned memory, it cannot come to the device, where whoever holds its address may rely on it."""
+    pool = make(device=1024)
+    entry, other = pool.allocate(spec(1024)), pool.allocate(spec(1024))
+    pool.demote([entry])
+    with pool.use([other], stream=stream), pool.use([entry], stream=stream):
+        assert entry.tier is Tier.PINNED and entry.address, "the thread that uses it may know where it is"
+        refused = elsewhere(lambda: entry.__cuda_array_interface__)
+        assert isinstance(refused, BusyError) and "a use of it is open" in str(refused)
+    assert elsewhere(lambda: entry.address) == entry._held[0].block.address and entry.tier is Tier.DEVICE
+
+
+def test_streams_named_for_a_fixed_buffer_count_beyond_a_use_of_it(make, stream):
+    """More may be queued on them at any time: the caller holds the address."""
+    pool = make()
+    entry, named = pool.allocate(spec(64)), _cuda.as_stream(None)
+    entry.record_stream(named)
+    with pool.use([entry], stream=stream):
+        pass
+    users = entry._held[0].block.users
+    assert entry._record.mark is None and any(same_stream(user, named) for user in users)
+    plain = pool.allocate(spec(64))
+    assert plain.address
+    with pool.use([plain], stream=stream):
+        pass
+    assert any(user.handle == 0 for user in plain._held[0].block.users), "the default stream, where none was named"
+    entry.release()
+    plain.release()
 
 
 def test_lost_buffers_are_forgotten_as_others_come(make, caplog):
