@@ -167,6 +167,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         self._places: dict[Tier, set[int]] = {tier: set() for tier in Tier}  # keys by where the contents are
         self._homes: set[int] = set()  # keys of those with a home
         self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
+        self._made_mover: Mover | None = None
         self.policy = make_policy(policy, device_bytes)  # last: it takes the policy, and nothing fails from here on
 
     @property
@@ -174,10 +175,15 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """Held in every step of the pool, for its books and those of the store."""
         return self._store.lock
 
-    @functools.cached_property
+    @property
     def _mover(self) -> Mover:
-        tuning = calibration.recorded()
-        return Mover(blocks=tuning.blocks, engine_bytes=tuning.engine_bytes)
+        """What moves, made at the first need."""
+        if self._made_mover is None:
+            with self._lock:
+                if self._made_mover is None:
+                    tuning = calibration.recorded()
+                    self._made_mover = Mover(blocks=tuning.blocks, engine_bytes=tuning.engine_bytes)
+        return self._made_mover
 
     # ---------------------------------------------------------------------------------------------------- allocation
 
@@ -194,7 +200,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
                     if not self._make_room(tier, spec.size_bytes):
                         continue
                 try:
-                    return self._enlist(super().allocate(_placed(spec, tier), stream=stream), spec)
+                    with self._ladder.quiet():
+                        plain = super().allocate(_placed(spec, tier), stream=stream)
+                    return self._enlist(plain, spec)
                 except TierFullError:  # the driver has less than the budget, or another thread was faster
                     continue
         return self._enlist(super().allocate(spec, stream=stream), spec)  # a hit, or the error with the account
@@ -703,7 +711,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 self._sweep()
             base = super().stats()
             tiers = {tier: len(keys) for tier, keys in self._places.items()}
-            mover = self.__dict__.get("_mover")  # made at the first move
+            mover = self._made_mover
             shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
             return HierarchyStats(
                 **shared | self._moved,

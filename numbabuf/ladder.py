@@ -6,9 +6,10 @@ Every climb is bounded, every rung taken is counted, and the error at the end te
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import _cuda
@@ -109,14 +110,21 @@ class Ladder:
         return "the frees that Numba had put off are carried out"
 
     def _callback(self, tier: Tier, nbytes: int) -> str | None:
-        if self._on_oom is None or getattr(self._within, "on_oom", False):
-            return None  # a request from within on_oom does not call it again
-        self._within.on_oom = True
-        try:
+        if self._on_oom is None or getattr(self._within, "quiet", False):
+            return None
+        with self.quiet():
             self._on_oom(nbytes)
-        finally:
-            self._within.on_oom = False
         return "on_oom was called"
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Leave `on_oom` out of this thread's climbs: it is what asks, or there are other ways to try first."""
+        before = getattr(self._within, "quiet", False)
+        self._within.quiet = True
+        try:
+            yield
+        finally:
+            self._within.quiet = before
 
     def _account(self, spec: BufferSpec, report: list[str], last: BaseException) -> str:
         store, tier = self._store, spec.tier

@@ -155,6 +155,8 @@ class Mover:
 
     Attributes
     ----------
+    stream : _cuda.Stream
+        The stream of all moves.
     launches, engine_copies, moved_bytes : int
         What was queued so far.
 
@@ -168,16 +170,9 @@ class Mover:
         self.engine_bytes = engine_bytes
         self.launches = self.engine_copies = self.moved_bytes = 0
         self.spare: deque[Any] = deque()
-        self._stream: Any = None
+        self.stream = _cuda.as_stream(None)
         self._tables: list[np.ndarray | None] = [None] * depth  # pinned, each of shape (rows, 3)
         self._readers: list[Mark | None] = [None] * depth  # after which a table is read
-
-    @property
-    def stream(self) -> Any:
-        """The stream of all moves, made at first use."""
-        if self._stream is None:
-            self._stream = _cuda.as_stream(None)
-        return self._stream
 
     def run(self, moves: Sequence[Move]) -> Mark:
         """Queue a batch; returns the mark after it.
@@ -218,8 +213,7 @@ class Mover:
 
     def synchronize(self) -> None:
         """Block the host until all moves are done."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        self.stream.synchronize()
 
     def _launch(self, turn: int, table: np.ndarray) -> None:
         # The kernel reads its table in place. A table written again while an earlier launch may still read it would

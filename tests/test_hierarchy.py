@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pool_contract import PoolContract
 
-from numbabuf import _cuda, hierarchy, memory
+from numbabuf import _cuda, calibration, hierarchy, memory
 from numbabuf._cuda import cuda
 from numbabuf.errors import BusyError, CaptureError, ClosedError, StaleBufferError, TierFullError
 from numbabuf.hierarchy import HierarchicalBufferPool
@@ -795,6 +795,24 @@ def test_stats_and_repr(make, stream):
     assert pool.tier_of(a) is Tier.DEVICE and pool.tier_of(b) is Tier.PINNED
 
 
+def test_on_oom_is_called_once_for_all_tiers(make, monkeypatch):
+    def refuse(nbytes):
+        raise MemoryError(f"no {nbytes} bytes")
+
+    asked = []
+    pool = make(managed=4096, on_oom=asked.append)
+    with monkeypatch.context() as patch, pytest.raises(TierFullError):
+        for name in ("empty_device", "empty_managed", "empty_pinned"):
+            patch.setattr(_cuda, name, refuse)
+        pool.allocate(spec(64))
+    assert asked == [64]
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda, "empty_device", refuse)
+        entry = pool.allocate(spec(64))
+    assert entry.tier is Tier.MANAGED and asked == [64], "nothing was amiss"
+    entry.release()
+
+
 def test_what_the_card_has_no_room_for_goes_below_managed_memory(make, monkeypatch):
     pool = make(managed=8192)
     entry = pool.allocate(spec(64))
@@ -971,6 +989,33 @@ def test_an_address_taken_while_another_thread_moves_the_buffer_is_fixed(make, m
     monkeypatch.undo()
     other.join()
     assert found == [entry._held[0].block.address] and not entry.movable
+
+
+def test_two_threads_that_need_the_mover_first_get_one(make, monkeypatch):
+    pool = make()
+    recorded, came, found = calibration.recorded, threading.Event(), []
+
+    def need():
+        found.append(pool._mover)
+        came.set()
+
+    other = threading.Thread(target=need)
+
+    def asked():
+        if threading.current_thread() is other:
+            came.set()
+
+    def slowly():
+        if threading.current_thread() is not other:
+            other.start()
+            assert came.wait(60)
+        return recorded()
+
+    monkeypatch.setattr(calibration, "recorded", slowly)
+    monkeypatch.setattr(pool._store, "lock", Noting(pool._store.lock, asked))
+    mine = pool._mover
+    other.join()
+    assert found == [mine]
 
 
 def elsewhere(function):
