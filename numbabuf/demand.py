@@ -58,6 +58,9 @@ class DemandModel:
     clock : callable returning float
         Time stamps of the observations, in seconds. `merge` keeps the newest, so workers on several machines
         need one wall clock.
+    seen : iterable of (float, int)
+        Observations to begin with, as `seen` gives them; with `settings` they are all there is to a model:
+        ``DemandModel(**model.settings, seen=model.seen)`` is another of the same forecasts.
 
     Notes
     -----
@@ -81,13 +84,15 @@ class DemandModel:
         buckets: Sequence[int] | None = None,
         warm_steps: int = 8,
         clock: Callable[[], float] = time.time,
+        seen: Iterable[tuple[float, int]] = (),
     ) -> None:
         self.window = whole_number("window", window, least=1, most=1 << 24)
         self.warm_steps = whole_number("warm_steps", warm_steps, least=1, most=1024)
         self._fixed = buckets is not None
         self._clock = clock
-        self._seen: deque[tuple[float, int]] = deque(maxlen=self.window)
-        self._learn(_four_per_doubling(1) if buckets is None else _increasing(buckets))
+        self._seen: deque[tuple[float, int]] = deque((_observation(*pair) for pair in seen), self.window)
+        largest = max((size for _, size in self._seen), default=1)
+        self._learn(_four_per_doubling(largest) if buckets is None else _increasing(buckets))
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -105,6 +110,18 @@ class DemandModel:
         return self._buckets
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the model was made with: "window", "warm_steps", and "buckets" or None; the arguments of another."""
+        return {
+            "window": self.window, "warm_steps": self.warm_steps, "buckets": self._buckets if self._fixed else None
+        }  # fmt: skip
+
+    @property
+    def seen(self) -> tuple[tuple[float, int], ...]:
+        """The observations in the window, (seconds, size) each, in the order in which they came."""
+        return tuple(self._seen)
+
+    @property
     def horizon(self) -> int:
         """Steps ahead that the probabilities of a forecast speak of: a warm-up and 8 more."""
         return self._learner.horizon
@@ -117,10 +134,7 @@ class DemandModel:
         TypeError, ValueError
             If ``size`` is not a whole number from 1 to 2**40, or the clock gives no finite number.
         """
-        size = whole_number("size", size, least=1, most=MAX_SIZE)
-        now = float(self._clock())
-        if not math.isfinite(now):
-            raise ValueError(f"the clock must return finite seconds; found {now}")
+        now, size = _observation(self._clock(), size)
         self._seen.append((now, size))
         if size > self._buckets[-1] and not self._fixed:
             self._learn(_four_per_doubling(size))  # the window is learned again, this step with it
@@ -164,13 +178,13 @@ class DemandModel:
             raise ValueError("merge needs at least one DemandModel; found none")
         first = models[0]
         for other in models[1:]:
-            if other._settings() != first._settings():
+            if other.settings != first.settings:
                 raise ValueError(
                     f"only models of equal window, warm_steps and buckets can be merged; found "
-                    f"{first._settings()} and {other._settings()}: make them alike"
+                    f"{first.settings} and {other.settings}: make them alike"
                 )
-        seen = sorted(pair for model in models for pair in model._seen)[-first.window :]
-        return cls._restore(*first._settings(), seen, first._clock)
+        seen = sorted(pair for model in models for pair in model._seen)
+        return cls(**first.settings, clock=first._clock, seen=seen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to ``path`` (.npz); a file there is replaced at once or not at all."""
@@ -186,24 +200,6 @@ class DemandModel:
             If the file is not one, is damaged, or holds what no model can hold. Nothing in it is executed.
         """
         return _parse(path, lambda fields: cls._read(fields, clock))
-
-    def _settings(self) -> tuple[int, int, tuple[int, ...] | None]:
-        return self.window, self.warm_steps, self._buckets if self._fixed else None
-
-    @classmethod
-    def _restore(
-        cls,
-        window: int,
-        warm_steps: int,
-        buckets: Sequence[int] | None,
-        seen: Iterable[tuple[float, int]],
-        clock: Callable[[], float],
-    ) -> DemandModel:
-        model = cls(window, buckets=buckets, warm_steps=warm_steps, clock=clock)
-        model._seen.extend(seen)
-        largest = max((size for _, size in model._seen), default=1)
-        model._learn(model._buckets if model._fixed else _four_per_doubling(largest))
-        return model
 
     def _fields(self) -> dict[str, NDArray[Any]]:
         return {
@@ -225,10 +221,10 @@ class DemandModel:
         times, sizes = fields["times"], fields["sizes"]
         if times.shape != sizes.shape or sizes.size > window:
             raise ValueError(f"{times.size} times and {sizes.size} sizes do not fit a window of {window}")
-        if not np.isfinite(times).all() or (sizes.size and not 1 <= sizes.min() <= sizes.max() <= MAX_SIZE):
-            raise ValueError("times must be finite and sizes from 1 to 2**40")
-        seen = zip(times.tolist(), sizes.tolist(), strict=True)
-        return cls._restore(window, warm_steps, fields["buckets"].tolist() or None, seen, clock)
+        return cls(
+            window, buckets=fields["buckets"].tolist() or None, warm_steps=warm_steps, clock=clock,
+            seen=zip(times.tolist(), sizes.tolist(), strict=True),
+        )  # fmt: skip
 
     def _index(self, size: int) -> int:
         found = self._at.get(size)
@@ -265,6 +261,8 @@ class Demands(Mapping[str, DemandModel]):
     """
 
     def __init__(self, axes: Iterable[str], **options: Any) -> None:
+        if isinstance(axes, str):
+            raise TypeError(f"axes is {axes!r}: give a list of names, [{axes!r}] for that one alone")
         self._models = {axis: DemandModel(**options) for axis in axes}
 
     def _repr_html_(self) -> str:
@@ -312,7 +310,9 @@ class Demands(Mapping[str, DemandModel]):
         def read(fields: Mapping[str, NDArray[Any]]) -> Demands:
             axes: dict[str, dict[str, NDArray[Any]]] = {}
             for name, array in fields.items():
-                axis, _, field = name.rpartition("/")
+                axis, slash, field = name.rpartition("/")
+                if not slash:
+                    raise ValueError(f"the array {name!r} belongs to no axis; DemandModel.load reads a single model")
                 axes.setdefault(axis, {})[field] = array
             demands = cls(())
             demands._models = {axis: DemandModel._read(found, clock) for axis, found in axes.items()}
@@ -465,6 +465,14 @@ class _Learner:
         self._ready = np.full(self.m, NEVER)
         self._ready[best] = t + wait[best]
         return best.tolist(), p[best, 1].tolist()
+
+
+def _observation(at: float, size: int) -> tuple[float, int]:
+    """One observation, checked."""
+    size, at = whole_number("size", size, least=1, most=MAX_SIZE), float(at)
+    if not math.isfinite(at):
+        raise ValueError(f"the clock must return finite seconds; found {at}")
+    return at, size
 
 
 def _four_per_doubling(largest: int) -> tuple[int, ...]:

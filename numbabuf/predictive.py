@@ -115,8 +115,8 @@ class PredictiveBufferManager(InputBufferManager):
         super().__init__(pool, max_batch_size, max_seq_len, **options)
         given = self._bucket_lists.get("tokens")
         largest = given[-1] if given else self.max_tokens
-        wanted = largest if max_size is None else max_size
-        self.max_size = whole_number("max_size", wanted, least=1, most=self.max_tokens)
+        max_size = largest if max_size is None else max_size
+        self.max_size = whole_number("max_size", max_size, least=1, most=self.max_tokens)
         self.max_graphs = whole_number("max_graphs", max_graphs, least=1, most=1 << 20)
         self._demand = DemandModel(window) if demand is None else demand
         self._cost = cost or buckets.Cost()
@@ -160,7 +160,7 @@ class PredictiveBufferManager(InputBufferManager):
         refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=self._cost, window=demand.window)
         with self._learned():
             refitter.sizes = self._refitter.sizes
-            for _, size in demand._seen:
+            for _, size in demand.seen:
                 refitter.observe(size)
             refitter.refit()
             refitter.refits += self._refitter.refits
@@ -286,6 +286,7 @@ class PredictiveBufferManager(InputBufferManager):
             return ()
         with self._lock:
             self._ready()
+            self._service.reap()
             full = tuple(choices[-1] for choices in self._choices[1:])
             present = [graph.sizes for graph in self._service]
         planned = [int(size) for size in self._refitter.sizes]
@@ -321,8 +322,6 @@ class PredictiveBufferManager(InputBufferManager):
         if len(captured) == len(missing):
             while self._drop_one(planned, full, price):
                 pass
-        with self._lock:
-            self._service.reap()
         return tuple(captured)
 
     def _pricing(self) -> Callable[[Iterable[int]], float]:
@@ -477,7 +476,7 @@ class PredictiveBufferManager(InputBufferManager):
         with self._lock:
             worker = self._worker
             self._stopping.set()
-        if worker is not None and not inside:
+        if worker is not None and not inside and worker is not threading.current_thread():
             worker.join()
 
     def close(self) -> None:

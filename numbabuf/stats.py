@@ -405,11 +405,12 @@ class PredictionStats:
     warmed, warmed_unused : int
         Graphs captured ahead of need, and those of them that no step has used, or had used when they were closed.
     closed : int
-        Graphs closed because the plan no longer wanted them.
+        Graphs taken out of service because the plan no longer wanted them.
     failures : int
         Prewarmings that failed and left everything as it was.
     graph_bytes, reserved_bytes : int
-        Device bytes that prewarmed graphs took, as far as the driver tells, and bytes of the buffers last reserved.
+        Device bytes that prewarmed graphs took, as far as the driver tells, until they are closed, and bytes of the
+        buffers reserved ahead of need, until the pool was trimmed of them.
     padding : float
         As `ManagerStats.padding`.
     refits : int
@@ -434,6 +435,5 @@ class PredictionStats:
 
     def _repr_html_(self) -> str:
         return html.card(
-            "PredictionStats", html.bar({"hits": self.hits, "misses": self.misses, "unserved": self.unserved}),
-            html.fields(self),
+            "PredictionStats", html.bar({"hits": self.hits, "misses": self.misses}), html.fields(self)
         )  # fmt: skip

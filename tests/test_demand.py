@@ -40,7 +40,7 @@ def ticking(start=0.0, step=1.0):
 
 
 def content(model):
-    return list(model._seen), model._settings()
+    return list(model._seen), model.settings
 
 
 # ------------------------------------------------------------------------------------------------ the window
@@ -297,6 +297,15 @@ def test_merging_knows_no_order_and_no_grouping(streams, order):
     assert content(merge([(a, b, c)[i] for i in order])) == expected
 
 
+@given(st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), max_size=6), min_size=3, max_size=3))
+def test_merging_knows_no_grouping_where_clocks_stand_still_or_go_back(streams):
+    a, b, c = (DemandModel(4, seen=seen) for seen in streams)
+    merge = DemandModel.merge
+    expected = merge([a, b, c])
+    for other in (merge([merge([a, b]), c]), merge([a, merge([b, c])]), merge([c, a, b])):
+        assert (other.seen, other.buckets, other.forecast(3)) == (expected.seen, expected.buckets, expected.forecast(3))
+
+
 @given(st.lists(SIZES, min_size=1, max_size=4))
 def test_a_merged_window_is_the_newest_of_all(streams):
     models = workers(streams)
@@ -432,6 +441,38 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     with pytest.raises(ValueError, match=r"demand\.npz"):
         DemandModel.load(path)
     assert not broken_into.exists()
+
+
+def test_what_a_model_was_and_saw_is_all_there_is_to_it():
+    for options in ({}, {"buckets": [8, 64, 512], "warm_steps": 3}):
+        model = feed(DemandModel(32, clock=ticking(), **options), [3, 500, 3, 20] * 20)
+        again = DemandModel(**model.settings, seen=model.seen)
+        assert (again.settings, again.seen) == (model.settings, model.seen)
+        assert again.seen == tuple(zip(range(48, 80), [3, 500, 3, 20] * 8, strict=True))
+        assert again.histogram()[0].tolist() == [3, 20, 500]
+
+
+@pytest.mark.parametrize("pair", [(0.0, 0), (float("nan"), 3), (0.0, 1.5), (0.0, True), (0.0, 1 << 41)], ids=str)
+def test_what_nobody_can_have_seen_is_refused(pair):
+    with pytest.raises((TypeError, ValueError)):
+        DemandModel(8, seen=[(0.0, 3), pair])
+
+
+def test_a_single_model_is_no_file_of_axes_and_the_other_way_round(tmp_path):
+    path = tmp_path / "demand.npz"
+    DemandModel(8).save(path)
+    with pytest.raises(ValueError, match="belongs to no axis"):
+        Demands.load(path)
+    Demands(["tokens"], window=8).save(path)
+    with pytest.raises(ValueError, match="'format' is missing"):
+        DemandModel.load(path)
+    whole = path.read_bytes()
+    for end in range(0, len(whole), 7):
+        path.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"demand\.npz"):
+            Demands.load(path)
+    with pytest.raises(TypeError, match="list of names"):
+        Demands("tokens")
 
 
 def test_a_file_that_is_not_there_says_so(tmp_path):

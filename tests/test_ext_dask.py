@@ -3,10 +3,14 @@
 The cluster talks over 127.0.0.1 alone. What a worker holds is tested first, without Dask.
 """
 
+import asyncio
+import json
 import logging
 import os
 import pickle
+import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -42,6 +46,11 @@ def make(pool):
     return manager
 
 
+def packed(model):
+    """A model as it is sent."""
+    return ext._pack(model.settings, model.seen)
+
+
 def replay(manager, size):
     """One step of `size` ones; the sum that the device made of it."""
     result = manager.replay({"input_ids": np.ones(size, np.int64)}, size)
@@ -62,19 +71,19 @@ def held():
 def test_own_steps_are_kept_apart(held):
     for size in (3, 5, 3):
         replay(held.manager, size)
-    held.adopt(ext._pack(_model([40] * 10)))
+    held.adopt(packed(_model([40] * 10)))
     replay(held.manager, 7)
-    assert [size for _, size in ext._unpack(held.own_demand())._seen] == [3, 5, 3, 7]
-    assert sorted(size for _, size in held.manager.demand._seen) == [7] + [40] * 10
+    assert [size for _, size in DemandModel(**held.own_demand()).seen] == [3, 5, 3, 7]
+    assert sorted(size for _, size in held.manager.demand.seen) == [7] + [40] * 10
 
 
 def test_a_step_of_no_tokens_is_no_demand(held):
     held.manager.stage_inputs({}, 0)
-    assert len(ext._unpack(held.own_demand())) == 0
+    assert len(DemandModel(**held.own_demand())) == 0
 
 
 def test_adopting_prewarms(held):
-    assert 40 in held.adopt(ext._pack(_model([40] * 200)))
+    assert 40 in held.adopt(packed(_model([40] * 200)))
     assert held.manager.stats().graphs == 3
     assert replay(held.manager, 40) == 40
     assert held.manager.stats().buckets[40] == 1
@@ -83,8 +92,8 @@ def test_adopting_prewarms(held):
 def test_a_manager_that_predicts_nothing_is_counted():
     held = ext._Held(lambda pool: InputBufferManager(pool, 1, CAPACITY), SimpleBufferPool)
     held.manager.stage_inputs({"input_ids": np.arange(9)}, 9)
-    assert [size for _, size in ext._unpack(held.own_demand())._seen] == [9]
-    assert held.adopt(ext._pack(_model([40]))) == ()
+    assert [size for _, size in DemandModel(**held.own_demand()).seen] == [9]
+    assert held.adopt(packed(_model([40]))) == ()
     assert held.stats().prediction is None
     held.close()
 
@@ -140,6 +149,24 @@ def test_a_bad_make_leaves_nothing(answer):
     assert pools[0].closed
 
 
+def test_a_set_up_that_fails_at_the_demand_leaves_nothing(monkeypatch, no_leaks):
+    class Scheduler:
+        async def get_metadata(self, keys, default):
+            return {"window": 256, "damaged": True}
+
+    monkeypatch.setitem(sys.modules, "distributed", types.SimpleNamespace(WorkerPlugin=object))
+    ext._plugin_class.cache_clear()
+    before = live_buffers()
+    try:
+        plugin = ext._plugin(make, SimpleBufferPool, "numbabuf")
+        with pytest.raises(TypeError, match="damaged"):
+            asyncio.run(plugin.setup(types.SimpleNamespace(scheduler=Scheduler())))
+    finally:
+        ext._plugin_class.cache_clear()
+    assert plugin.held is None and live_buffers() == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
+
+
 def test_statistics_travel(held):
     replay(held.manager, 3)
     stats = held.stats()
@@ -151,8 +178,8 @@ def test_a_model_travels_whole():
     fixed = DemandModel(window=4, buckets=[8, 16], warm_steps=3)
     fixed.observe(9)
     for one in (model, fixed):
-        again = ext._unpack(ext._pack(one))
-        assert (again._settings(), list(again._seen)) == (one._settings(), list(one._seen))
+        again = DemandModel(**json.loads(json.dumps(packed(one))))
+        assert (again.settings, again.seen, again.forecast(3)) == (one.settings, one.seen, one.forecast(3))
 
 
 def _model(sizes):
@@ -204,17 +231,17 @@ def test_another_error_of_a_worker_is_raised(fleet):
 
 
 def test_steps_count_once_and_those_of_the_dead_stay(fleet):
-    one, two = ext._pack(_model([3, 3])), ext._pack(_model([40]))
+    one, two = packed(_model([3, 3])), packed(_model([40]))
     answers = {"own_demand": {"a": (one,), "b": (two,)}, "adopt": {"a": ((3,),), "b": ((),)}}
     fleet._client.answers = answers
     for _ in range(2):
         shared = fleet.share_demand()
-        assert sorted(size for _, size in shared.demand._seen) == [3, 3, 40]
+        assert sorted(size for _, size in shared.demand.seen) == [3, 3, 40]
     assert shared.captured == {"a": (3,), "b": ()}
-    answers["own_demand"] = {"a": (one,), "new": (ext._pack(_model([])),)}
+    answers["own_demand"] = {"a": (one,), "new": (packed(_model([])),)}
     shared = fleet.share_demand()
-    assert sorted(size for _, size in shared.demand._seen) == [3, 3, 40]
-    assert fleet._client.metadata == {("numbabuf-demand", "numbabuf"): ext._pack(shared.demand)}
+    assert sorted(size for _, size in shared.demand.seen) == [3, 3, 40]
+    assert fleet._client.metadata == {("numbabuf-demand", "numbabuf"): packed(shared.demand)}
     assert "new" in fleet._repr_html_() and "steps known" in fleet._repr_html_()
 
 
@@ -222,10 +249,10 @@ def test_a_dead_worker_is_forgotten_once_its_steps_are_old(fleet):
     late = DemandModel(window=256, clock=iter(range(1000, 2000)).__next__)
     for _ in range(256):
         late.observe(7)
-    answers = {"own_demand": {"a": (ext._pack(_model([3])),)}, "adopt": {}}
+    answers = {"own_demand": {"a": (packed(_model([3])),)}, "adopt": {}}
     fleet._client.answers = answers
     fleet.share_demand()
-    answers["own_demand"] = {"b": (ext._pack(late),)}
+    answers["own_demand"] = {"b": (packed(late),)}
     fleet.share_demand()
     assert list(fleet._known) == ["b"]
 

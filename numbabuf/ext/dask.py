@@ -12,7 +12,7 @@ import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from .. import _cuda, html
@@ -129,18 +129,18 @@ class Fleet:
         that predicts nothing is counted, and captures nothing.
         Cost: a round trip, the learning of a window of steps and, in each worker, `prewarm`.
         """
-        self._known |= {address: _unpack(packed) for address, packed in self._ask("own_demand").items()}
+        self._known |= {address: DemandModel(**packed) for address, packed in self._ask("own_demand").items()}
         if not self._known:
             raise RuntimeError("no worker answered: start one, and see the log of numbabuf for those that left")
         demand = DemandModel.merge(self._known.values())
-        oldest = demand._seen[0][0] if len(demand) == demand.window else float("-inf")
+        oldest = demand.seen[0][0] if len(demand) == demand.window else float("-inf")
         present = self._client.scheduler_info(n_workers=-1)["workers"]
         self._known = {
             address: model
             for address, model in self._known.items()
-            if address in present or (len(model) and model._seen[-1][0] >= oldest)
+            if address in present or (len(model) and model.seen[-1][0] >= oldest)
         }
-        packed = _pack(demand)
+        packed = _pack(demand.settings, demand.seen)
         self._client.set_metadata([_KEY, self.name], packed)  # for those that start from now on
         return SharedDemand(demand, self._ask("adopt", packed))
 
@@ -221,10 +221,10 @@ class _Held:
         except BaseException:
             self.pool.close()
             raise
-        self._settings = (DemandModel() if self._predicting is None else self._predicting.demand)._settings()
+        self._settings = (DemandModel() if self._predicting is None else self._predicting.demand).settings
         # Kept apart from the manager's own model: that takes over the others' steps, which must not come back from
         # here as this worker's.
-        self._own: deque[tuple[float, int]] = deque(maxlen=self._settings[0])
+        self._own: deque[tuple[float, int]] = deque(maxlen=self._settings["window"])
         before, own = self.manager.observer, self._own
 
         def observe(size: int) -> None:
@@ -239,15 +239,15 @@ class _Held:
     def _predicting(self) -> PredictiveBufferManager | None:
         return self.manager if isinstance(self.manager, PredictiveBufferManager) else None
 
-    def own_demand(self) -> list[Any]:
+    def own_demand(self) -> dict[str, Any]:
         """The steps that ran here, as sent."""
-        return _pack(DemandModel._restore(*self._settings, self._own.copy(), time.time))
+        return _pack(self._settings, self._own.copy())
 
-    def adopt(self, packed: list[Any]) -> tuple[int, ...]:
+    def adopt(self, packed: dict[str, Any]) -> tuple[int, ...]:
         """Go on with the demand of all workers, and prewarm it."""
         if self._predicting is None:
             return ()
-        self._predicting.adopt(_unpack(packed))
+        self._predicting.adopt(DemandModel(**packed))
         return self._predicting.prewarm()
 
     def stats(self) -> WorkerStats:
@@ -266,14 +266,10 @@ class _Held:
             self.pool.close()
 
 
-def _pack(model: DemandModel) -> list[Any]:
-    """Return a model as lists of numbers, which Dask's own protocol carries; its window is its whole state."""
-    return [*model._settings(), [list(pair) for pair in model._seen]]
-
-
-def _unpack(packed: list[Any]) -> DemandModel:
-    window, warm_steps, buckets, seen = packed
-    return DemandModel._restore(window, warm_steps, buckets, [(at, size) for at, size in seen], time.time)
+def _pack(settings: dict[str, Any], seen: Iterable[tuple[float, int]]) -> dict[str, Any]:
+    """Return a model as lists of numbers, which Dask's own protocol carries: the arguments of its like."""
+    buckets = settings["buckets"]
+    return {**settings, "buckets": buckets and list(buckets), "seen": [list(pair) for pair in seen]}
 
 
 async def _call(name: str, method: str, arguments: tuple[Any, ...], dask_worker: Any) -> tuple[Any] | None:
@@ -302,9 +298,13 @@ def _plugin_class() -> type:
 
         async def setup(self, worker: Any) -> None:
             held = await asyncio.to_thread(_Held, self._make, self._pool)
-            demand = await worker.scheduler.get_metadata(keys=[_KEY, self.name], default=None)
-            if demand is not None:
-                await asyncio.to_thread(held.adopt, demand)
+            try:
+                demand = await worker.scheduler.get_metadata(keys=[_KEY, self.name], default=None)
+                if demand is not None:
+                    await asyncio.to_thread(held.adopt, demand)
+            except BaseException:  # nobody tears down what was never set up
+                await asyncio.to_thread(held.close)
+                raise
             self.held = held
 
         async def teardown(self, worker: Any) -> None:

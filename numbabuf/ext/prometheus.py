@@ -74,7 +74,7 @@ _MANAGER = (
 )  # fmt: skip
 _PREDICTION = (
     _Metric("prediction_steps_total", "Steps, by what the forecast said of their size.",
-            _each(hit="hits", miss="misses", unserved="unserved"), "outcome"),
+            _each(hit="hits", miss="misses"), "outcome"),
     _Metric("prediction_captures_total", "Graphs captured ahead of need.", _one("warmed")),
     _Metric("prediction_failures_total", "Prewarmings that failed and changed nothing.", _one("failures")),
     _Metric("prediction_seconds_total", "Time spent ahead of need.",
