@@ -93,6 +93,11 @@ class Lease:
         self._end("discard")
 
     @property
+    def open(self) -> bool:
+        """Whether the lease can still be written, and ended."""
+        return self._open
+
+    @property
     def written(self) -> dict[str, np.ndarray]:
         """The arrays that were asked for, by slot name."""
         return self._arrays
@@ -111,9 +116,9 @@ class Lease:
     def expire(self) -> None:
         """End the right to write, exactly once; for the manager, which calls it under its lock."""
         self._check_open()
-        self._open = False
-        for array in self._arrays.values():
+        for array in list(self._arrays.values()):
             array.flags.writeable = False
+        self._open = False  # last: where an interrupt comes before it, the lease can be ended again
 
     def _end(self, how: str, each: Any = None) -> Any:
         self._check_open()

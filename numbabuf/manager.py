@@ -269,7 +269,7 @@ class InputBufferManager:
             raise BusyError("graphs cannot be closed while one is being captured")
 
     def _check_no_lease(self) -> None:
-        if self._lease is not None:
+        if self._lease is not None and self._lease.open:
             raise BusyError("a stage() lease is open: leave its with block first")
 
     def _ready(self) -> None:
@@ -301,14 +301,14 @@ class InputBufferManager:
         if self._arena is None:
             return
         self.synchronize()
-        for fill in self._fills.values():
-            self._service.retire(fill)
-        self._fills.clear()
-        arena, self._arena, self._ring = self._arena, None, None  # first: a release that fails may have done half
-        self._past_waits += arena.ring.waits
+        # First of all, for what fails, or is interrupted, may have done half.
+        fills, arena, self._fills, self._arena, self._ring = self._fills, self._arena, {}, None, None
         if keep:
             self._kept = arena
-        else:
+        self._past_waits += arena.ring.waits
+        for fill in fills.values():
+            self._service.retire(fill)
+        if not keep:
             arena.release()
 
     # --------------------------------------------------------------------------------------------- the parts of a step
@@ -816,7 +816,7 @@ class InputBufferManager:
             if self.closed:
                 return
             self._check_no_capture()
-            if self._lease is not None:
+            if self._lease is not None and self._lease.open:
                 self._lease.discard()
             try:
                 self.release_all()

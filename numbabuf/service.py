@@ -80,16 +80,19 @@ class Service:
 
         An old graph is closed once the steps queued so far, its replays among them, are done.
         """
+        leaving = self.leaving
         if old:
             event = _cuda.Event()
             event.record(self._stream)
-            self.leaving += [(event, graph) for graph in old]
+            leaving = leaving + [(event, graph) for graph in old]
         kept = [graph for graph in self._graphs if graph not in old]
-        self._serve(sorted(kept + new, key=lambda graph: graph.sizes))
+        graphs = sorted(kept + new, key=lambda graph: graph.sizes)
+        self._serve(graphs, [graph.sizes[0] for graph in graphs], leaving)
         self.reap()
 
-    def _serve(self, graphs: list[CapturedStep]) -> None:
-        self._graphs, self._tokens = graphs, [graph.sizes[0] for graph in graphs]
+    def _serve(self, graphs: list[CapturedStep], tokens: list[int], leaving: list[tuple[Any, CapturedStep]]) -> None:
+        """Change all three, with nothing between that an interrupt could come after."""
+        self._graphs, self._tokens, self.leaving = graphs, tokens, leaving
 
     def reap(self) -> None:
         """Close the withdrawn graphs whose replays are done."""
@@ -114,10 +117,10 @@ class Service:
 
     def close(self) -> None:
         """Close every graph; the caller has waited for the stream."""
-        for graph in (*self._graphs, *(graph for _, graph in self.leaving)):
+        graphs = [*self._graphs, *(graph for _, graph in self.leaving)]
+        self._serve([], [], [])  # first: no closed graph is in service, whatever comes between
+        for graph in graphs:
             self.retire(graph)
-        self._serve([])
-        self.leaving = []
 
     def counts(self, others: Iterable[CapturedStep]) -> dict[int, tuple[int, int]]:
         """Return (steps, live tokens) per bucket of tokens, smallest first: all graphs ever, and `others`."""
