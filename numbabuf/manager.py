@@ -342,8 +342,8 @@ class InputBufferManager:
         Parameters
         ----------
         inputs : mapping of str to array
-            Host arrays by slot name; each has as many rows as the size that its slot follows. A slot that is left out
-            is all padding. Names that are no slot, and slots that are not static, pass through.
+            Host arrays by slot name; each has as many rows as the size that its slot follows. A slot that is left out,
+            or None, is all padding. Names that are no slot, and slots that are not static, pass through.
         num_tokens : int
             Live tokens, >= 0.
         **sizes : int

@@ -45,9 +45,9 @@ def cut(
     follows = {slot.name: slot for slot in slots if slot.axis == "tokens"}
     arrays = {}
     for slot in slots:
-        if slot.name not in inputs:
+        data = inputs.get(slot.name)
+        if data is None:
             continue
-        data = inputs[slot.name]
         if slot.name in follows:
             if slot.extra:
                 raise ValueError(f"slot {slot.name!r} follows tokens+{slot.extra}, which cannot be split in pieces")

@@ -229,7 +229,10 @@ class InputSlot:
                 f"input {self.name!r} is a device array; inputs are staged from the host. Copy it yourself on the "
                 "manager's stream: manager.get_slot(name).array.copy_to_device(data, stream=manager.stream)"
             )
-        return np.asarray(data)
+        try:
+            return np.asarray(data)
+        except ValueError as error:
+            raise ValueError(f"input {self.name!r} is no array: {error}") from None
 
     def coerce(self, data: Any, live: int) -> np.ndarray:
         """Return `data` as an array that may be staged as `live` rows, or say what is wrong with it.
@@ -277,7 +280,7 @@ class InputSlot:
                 f"input {self.name!r} has {array.size} elements; "
                 f"the slot stages at most max_live={self.max_live} a step"
             )
-        if self.checked:
+        if self.checked and array.size:
             self.check_range(array)
         return array
 

@@ -23,6 +23,11 @@ def test_pieces_cover_the_step(slots):
     assert all(piece["lens"] is inputs["lens"] for _, _, piece in pieces)
 
 
+def test_none_is_left_out(slots):
+    """As in a step that is not split."""
+    assert [list(piece) for _, _, piece in cut({"ids": np.arange(9), "lens": None}, (9, 0), 8, slots)] == [["ids"]] * 2
+
+
 def test_a_fault_in_the_last_piece_is_found_first(slots):
     inputs = {"ids": np.arange(20)}
     inputs["ids"][-1] = 1 << 40

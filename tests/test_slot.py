@@ -150,8 +150,15 @@ def test_what_casts_safely_is_staged(data):
     assert staged[:3].tolist() == np.asarray(data).tolist() and words.tolist() == [1, 3, 1, 8]
 
 
-def test_an_empty_list_is_no_float_array():
-    make().coerce([], 0)
+@pytest.mark.parametrize("options", [{}, {"spec": BufferSpec(8, "int32"), "source_dtype": "int64"}])
+def test_an_empty_list_is_no_float_array(options):
+    """Though NumPy makes one of it; and an empty one has no value out of range."""
+    make(**options).coerce([], 0)
+
+
+def test_what_is_no_array_is_named():
+    with pytest.raises(ValueError, match="input 'x' is no array.*inhomogeneous"):
+        make().coerce([[1], [1, 2]], 2)
 
 
 def test_every_conversion_can_be_registered():
