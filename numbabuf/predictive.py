@@ -7,10 +7,12 @@ that calls it. What cannot be prewarmed leaves everything as it was, counted. No
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -31,6 +33,15 @@ from .stats import PredictionStats
 __all__ = ["PredictiveBufferManager"]
 
 _log = logging.getLogger("numbabuf")
+
+_running: weakref.WeakSet[PredictiveBufferManager] = weakref.WeakSet()  # those that have started a thread
+
+
+@atexit.register
+def _stop_all() -> None:
+    """End the threads before the interpreter does: it would unwind them inside a driver call, which aborts."""
+    for manager in list(_running):
+        manager.stop()
 
 
 class PredictiveBufferManager(InputBufferManager):
@@ -454,6 +465,7 @@ class PredictiveBufferManager(InputBufferManager):
                 target=self._work, args=(float(interval_s), self._stopping), name="numbabuf-prewarm", daemon=True
             )
             self._worker.start()
+            _running.add(self)
 
     def _work(self, interval_s: float, stopping: threading.Event) -> None:
         if self._device:  # a new thread begins on device 0
