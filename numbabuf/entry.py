@@ -6,13 +6,14 @@ and decides nothing: the pool does. Sits above `memory`, below `pool`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, NoReturn
 
 from . import _cuda, html
 from .errors import StaleBufferError
 from .memory import Block, Ticket
-from .spec import BufferSpec, BufferState, Tier
+from .spec import BufferSpec, BufferState, Tier, is_bfloat16
 
 __all__ = ["BufferEntry"]
 
@@ -204,14 +205,18 @@ class BufferEntry:
         """Version 3 of the interface; the stream is None, as the buffer carries no order of its own."""
         block = self._block("used")
         dtype = self.spec.dtype
-        return {
+        interface: dict[str, Any] = {
             "shape": self.spec.shape,
-            "typestr": "<u2" if dtype.kind == "V" and dtype.name == "bfloat16" else dtype.str,
+            "typestr": "<u2" if is_bfloat16(dtype) else dtype.str,
             "data": (block.address, False),
             "strides": None,
             "stream": None,
             "version": 3,
         }
+        if dtype.names is not None:  # the typestr of a record is that of plain bytes
+            with contextlib.suppress(ValueError):  # NumPy describes no fields that overlap
+                interface["descr"] = dtype.descr
+        return interface
 
     def __dlpack__(self, **options: Any) -> Any:
         """Offer the buffer as a DLPack tensor: ``torch.from_dlpack(entry)``, ``numpy.from_dlpack(entry)``.

@@ -46,6 +46,11 @@ def _placed(spec: BufferSpec, tier: Tier) -> BufferSpec:
     return BufferSpec(spec.shape, spec.dtype, tier)
 
 
+def _stream_of(stream: Any) -> Any:
+    """Wrap what a user calls a stream; None is the default stream, on which launches without a stream go."""
+    return _cuda.as_stream(0 if stream is None else stream)
+
+
 class _TierLedger(Ledger):
     """A budget for each tier by itself."""
 
@@ -140,7 +145,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
     >>> a, b = (pool.allocate(BufferSpec(4096, "uint8")) for _ in "ab")
     >>> a.tier.value, b.tier.value
     ('pinned', 'device')
-    >>> with pool.use([a], stream=None, in_place=False) as (array,):
+    >>> with pool.use([a], in_place=False) as (array,):
     ...     print(a.tier.value, b.tier.value, array.shape)
     device pinned (4096,)
     >>> a.release(); b.release(); pool.close()
@@ -229,7 +234,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     @contextlib.contextmanager
     def use(
-        self, entries: Iterable[TieredEntry], *, stream: Any, write: bool = True, in_place: bool = True
+        self, entries: Iterable[TieredEntry], *, stream: Any = None, write: bool = True, in_place: bool = True
     ) -> Iterator[list[Any]]:
         """Lease buffers for work on one stream: promoted where that pays, and unmovable until that work is done.
 
@@ -239,7 +244,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             Buffers of this pool, each once.
         stream
             Where the work that uses them is queued, within the ``with``. It waits for the moves, and for earlier uses
-            on other streams. None: the pool's own stream.
+            on other streams. None: the default stream, as in `allocate`.
         write
             Whether that work writes any of them. Of buffers that are only read, what was promoted keeps its copy below
             as long as there is room for it, so that demoting it costs nothing.
@@ -268,7 +273,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         down, buffers coming up.
         """
         chosen = self._mine(entries)
-        wrapped = self._mover.stream if stream is None else _cuda.as_stream(stream)
+        wrapped = _stream_of(stream)
         capturing = threading.get_ident() in _cuda.captures
         claims = contextlib.ExitStack()
         seen: list[Mark | None] = []  # none before the lease has begun
@@ -361,15 +366,16 @@ class HierarchicalBufferPool(SimpleBufferPool):
         entries
             Buffers of this pool; those that are fixed or in use are left alone.
         stream
-            Made to wait for the moves, where that is wanted before the `use`, which does so in any case.
+            The stream of the use to come, which waits for the moves. None: the default stream. Work that shall run
+            beside the moves is queued on another one.
         """
         chosen = self._mine(entries)
-        wrapped = None if stream is None else _cuda.as_stream(stream)
+        wrapped = _stream_of(stream)
         with self._lock, self._claimed(chosen):
             self._store.refuse_closed()
             if not _cuda.captures:
                 self._bring_up(chosen, insist=False, judge=False)
-                for entry in chosen if wrapped is not None else ():
+                for entry in chosen:
                     self._order_after(entry, wrapped)
 
     def demote(self, entries: Iterable[TieredEntry], *, tier: Tier | None = None) -> None:

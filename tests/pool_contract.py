@@ -20,6 +20,12 @@ def add_one(array):
         array[i] += 1
 
 
+@cuda.jit
+def scale_points(points):
+    for i in range(cuda.grid(1), points.size, cuda.gridsize(1)):
+        points[i].x *= points[i].k
+
+
 def to_host(entry):
     return entry.array.copy_to_host() if entry.tier is Tier.DEVICE else entry.array
 
@@ -52,6 +58,26 @@ class PoolContract:
         with pool.allocate(BufferSpec(4, "bfloat16", tier)) as entry:
             assert entry.array.dtype == (np.uint16 if tier is Tier.DEVICE else ml_dtypes.bfloat16)
             assert entry.device_array.dtype == np.uint16
+
+    @pytest.mark.parametrize("tier", TIERS)
+    @pytest.mark.parametrize("shape", [5, (2, 3), 0])
+    def test_records_keep_their_fields(self, pool, tier, shape):
+        point = np.dtype([("x", "f4"), ("k", "i4")], align=True)
+        with pool.allocate(BufferSpec(shape, point, tier)) as entry:
+            assert entry.array.dtype == entry.device_array.dtype == point
+            assert entry.__cuda_array_interface__["descr"] == point.descr
+            start = np.zeros(entry.spec.shape, point)
+            start["x"], start["k"] = 1.5, 7
+            if start.size:
+                entry.device_array.copy_to_device(start)
+                _cuda.launch(scale_points, 1, 2, _cuda.as_stream(0), entry.device_array.reshape(start.size))
+                assert (entry.device_array.copy_to_host()["x"] == 10.5).all()
+
+    def test_fields_that_overlap_have_no_descriptor(self, pool):
+        twice = np.dtype({"names": ["whole", "low"], "formats": ["i8", "i4"], "offsets": [0, 0]})
+        with pool.allocate(BufferSpec(4, twice)) as entry:
+            assert entry.device_array.dtype == twice
+            assert "descr" not in entry.__cuda_array_interface__
 
     @pytest.mark.parametrize("tier", TIERS)
     def test_kernels_take_the_device_array_of_every_tier(self, pool, tier):

@@ -9,6 +9,7 @@ import pytest
 from test_hierarchy_stateful import STEPS, Churn, bytes_of, may_leave, ramp, random_step, set_index
 
 from numbabuf import _cuda, hierarchy
+from numbabuf._cuda import cuda
 from numbabuf.errors import BackendError
 from numbabuf.hierarchy import HierarchicalBufferPool
 from numbabuf.spec import BufferSpec, Tier
@@ -63,6 +64,34 @@ def test_two_streams_take_turns_with_one_buffer(lazy, seed):
         churn.step("write", turn % 3, turn % 2)
     churn.check()
     churn.close()
+
+
+@cuda.jit
+def add_to_all(array, amount):
+    for i in range(cuda.grid(1), array.size, cuda.gridsize(1)):
+        array[i] += amount
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_no_stream_is_the_default_stream(lazy, seed, named):
+    """Copies and launches without a stream, which Numba puts on the default one, see and leave the right bytes."""
+    size, options = 1024, {"stream": 0} if named else {}
+    with HierarchicalBufferPool(device_bytes=2 * size, pinned_bytes=16 * size) as pool:
+        entries = [pool.allocate(BufferSpec(size, "uint8")) for _ in range(6)]
+        lazy(seed)
+        for number, entry in enumerate(entries):
+            with pool.use([entry], in_place=False, **options) as (array,):
+                array.copy_to_device(np.full(size, number, np.uint8))
+        for turn in range(3):
+            for number, entry in enumerate(entries):
+                pool.prefetch([entries[number - turn]], **options)
+                with pool.use([entry], in_place=False, **options) as (array,):
+                    add_to_all[1, 32](array, 10)
+        for number, entry in enumerate(entries):
+            with pool.use([entry], in_place=False, write=False, **options) as (array,):
+                assert (array.copy_to_host() == number + 30).all()
+            entry.release()
 
 
 @pytest.mark.parametrize("seed", range(1, 9))

@@ -73,7 +73,9 @@ def device_view(base: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype)
         "typestr": dtype.str,
         "version": 3,
     }
-    return cuda.from_cuda_array_interface(interface, owner=base)
+    array = cuda.from_cuda_array_interface(interface, owner=base)
+    # The typestr of a record is that of plain bytes, and Numba does not read the descriptor beside it.
+    return array if dtype.names is None else array.view(dtype)
 
 
 def dlpack_exporter(array: Any, start: int, owner: Any) -> Any:
