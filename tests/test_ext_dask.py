@@ -18,7 +18,7 @@ from kit import LAUNCH, log_row, to_device, to_host
 
 from numbabuf import _cuda
 from numbabuf.demand import DemandModel
-from numbabuf.errors import ClosedError
+from numbabuf.errors import BusyError, ClosedError
 from numbabuf.ext import dask as ext
 from numbabuf.ext.dask import Fleet, worker_manager
 from numbabuf.manager import InputBufferManager
@@ -189,6 +189,87 @@ def _model(sizes):
     return model
 
 
+@pytest.fixture
+def inside(held, monkeypatch):
+    """This process as a worker that holds a manager."""
+    worker = types.SimpleNamespace(plugins={"numbabuf": types.SimpleNamespace(held=held)})
+    monkeypatch.setitem(sys.modules, "distributed", types.SimpleNamespace(get_worker=lambda: worker))
+    return held
+
+
+def test_a_block_holds_the_manager_and_does_not_close_it(inside):
+    with worker_manager() as manager:
+        assert manager is inside.manager
+        assert replay(manager, 3) == 3
+    assert not inside.manager.closed
+    with pytest.raises(ZeroDivisionError), worker_manager():
+        raise ZeroDivisionError
+    with worker_manager() as manager:
+        assert replay(manager, 5) == 5
+
+
+def test_a_block_within_a_block_of_one_thread_is_refused(inside):
+    with worker_manager() as manager:
+        with pytest.raises(BusyError, match="the outer block"), worker_manager():
+            pass
+        assert replay(manager, 3) == 3
+
+
+def test_without_a_block_it_stands_for_the_manager(inside):
+    assert replay(worker_manager(), 7) == 7
+    assert worker_manager().stats() == inside.manager.stats()
+    with pytest.raises(AttributeError):
+        worker_manager().observer = None
+
+
+def test_four_threads_read_their_own_results(inside):
+    wrong, begin = [], threading.Barrier(4)
+
+    def tasks(first):
+        begin.wait()
+        for size in range(first, CAPACITY, 4):
+            if serve(size) != size:
+                wrong.append(size)
+
+    threads = [threading.Thread(target=tasks, args=(first,)) for first in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_task_waits_for_the_reading_of_another(inside):
+    """A steps; B would step, and waits; A reads what is its own."""
+    mine, theirs = threading.Event(), threading.Event()
+
+    def other():
+        mine.wait()
+        with worker_manager() as manager:
+            replay(manager, 9)
+            theirs.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with worker_manager() as manager:
+        result = manager.replay({"input_ids": np.full(5, 7)}, 5)
+        mine.set()
+        assert not theirs.wait(0.2)
+        manager.synchronize()
+        assert to_host(result, manager.stream)[0, :5].tolist() == [7] * 5
+    thread.join()
+    assert theirs.is_set()
+
+
+def test_the_end_waits_for_the_task_inside(inside):
+    with worker_manager():
+        closing = threading.Thread(target=inside.close)
+        closing.start()
+        assert not inside.manager.closed and not inside.pool.closed
+    closing.join()
+    assert inside.manager.closed and inside.pool.closed
+
+
 class Client:
     """What `Fleet` asks of a client, with the answers given."""
 
@@ -303,8 +384,9 @@ def addresses(client):
 
 
 def serve(size):
-    """A task: one step on this worker's manager."""
-    return replay(worker_manager(), size)
+    """A task: one step on this worker's manager, and the reading of its result."""
+    with worker_manager() as manager:
+        return replay(manager, size)
 
 
 def serve_many(sizes):
@@ -313,8 +395,7 @@ def serve_many(sizes):
 
 def die_once(marker, size):
     """A task whose first run kills its worker in the middle of a step; the second is like any other."""
-    manager = worker_manager()
-    manager.replay({"input_ids": np.ones(size, np.int64)}, size)
+    worker_manager().replay({"input_ids": np.ones(size, np.int64)}, size)
     if not os.path.exists(marker):
         with open(marker, "w") as file:
             file.write(str(os.getpid()))
@@ -380,6 +461,25 @@ def test_a_worker_is_killed_in_mid_run(client, tmp_path):
         assert len(shared.demand) > 200, "the dead worker's steps before the exchange count on"
         assert dead not in shared.captured
     assert all(left == (0, []) for left in client.run(remains).values())
+
+
+def test_more_threads_than_one_a_worker():
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=1,
+            threads_per_worker=4,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
+            scheduler_kwargs={"dashboard": False},
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        cluster.get_client() as client,
+        Fleet(client, make),
+    ):
+        sizes = list(range(1, CAPACITY)) * 2
+        assert client.gather(client.map(serve, sizes, pure=False)) == sizes
 
 
 def fail(pool):

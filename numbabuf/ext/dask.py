@@ -10,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from .. import _cuda, html
 from ..demand import DemandModel
+from ..errors import BusyError
 from ..manager import InputBufferManager
 from ..pool import BufferPool, SimpleBufferPool
 from ..predictive import PredictiveBufferManager
 from ..stats import ManagerStats, PoolStats, PredictionStats
 
-__all__ = ["Fleet", "SharedDemand", "WorkerStats", "worker_manager"]
+__all__ = ["Fleet", "SharedDemand", "WorkerManager", "WorkerStats", "worker_manager"]
 
 _log = logging.getLogger("numbabuf")
 
@@ -74,7 +76,9 @@ class Fleet:
     -----
     GPUs: a worker uses the first device that it sees. Start workers with one each (CUDA_VISIBLE_DEVICES, which the
     package dask-cuda sets), or they share the first.
-    Threads: a worker's tasks may step its manager from any of its threads; the steps are serialised.
+    Threads: a step's result lies in memory that the next step writes. A task that steps and reads does both inside one
+    ``with worker_manager() as manager:``, which the other tasks of the worker wait for: the result is its own, whatever
+    the number of threads.
     Clocks: demand is merged by the workers' wall clocks, which should agree.
 
     Examples
@@ -87,8 +91,10 @@ class Fleet:
             return manager
 
         def serve(tokens):
-            manager = worker_manager()
-            manager.replay({"input_ids": tokens}, len(tokens))
+            with worker_manager() as manager:  # no other task steps it until the result is read
+                scores = manager.replay({"input_ids": tokens}, len(tokens))
+                manager.synchronize()
+                return scores.copy_to_host()[: len(tokens)]
 
         with LocalCluster(n_workers=2) as cluster, Client(cluster) as client, Fleet(client, make) as fleet:
             client.gather(client.map(serve, requests))
@@ -181,8 +187,53 @@ class Fleet:
         return html.card(f"Fleet({self.name!r})", html.table(["worker", "steps known of it"], rows))
 
 
-def worker_manager(name: str = "numbabuf") -> Any:
-    """Return the manager of the worker that this task runs in.
+class WorkerManager:
+    """A worker's manager as a task sees it; made by `worker_manager`.
+
+    As a context manager it gives the manager itself, and no other task enters until the block is left. Leaving the
+    block does not close the manager. Without a ``with``, its attributes are the manager's own and nothing is held:
+    enough where the worker has one thread, and for what reads no results, such as `record_usage` or `stats`.
+
+    Examples
+    --------
+    In a task::
+
+        with worker_manager() as manager:
+            scores = manager.replay({"input_ids": tokens}, len(tokens))
+            manager.synchronize()
+            return scores.copy_to_host()[: len(tokens)]
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self, held: _Held) -> None:
+        self._held = held
+
+    def __enter__(self) -> Any:
+        """Wait for the other tasks of this worker to leave, and return the manager.
+
+        Raises
+        ------
+        BusyError
+            This thread is inside such a block already: a second step would overwrite the first one's results.
+        """
+        return self._held.enter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._held.leave()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a worker's manager stays in its worker: call worker_manager() in each task")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._held.manager, name)
+
+    def __repr__(self) -> str:
+        return f"WorkerManager({self._held.manager!r})"
+
+
+def worker_manager(name: str = "numbabuf") -> WorkerManager:
+    """Return the manager of the worker that this task runs in, to be used as ``with worker_manager() as manager:``.
 
     Raises
     ------
@@ -190,18 +241,29 @@ def worker_manager(name: str = "numbabuf") -> Any:
         This is no task of a Dask worker.
     LookupError
         The worker has no manager of that name.
+
+    Notes
+    -----
+    Threads: a task that reads what its steps leave does both inside the ``with`` block. Outside of one, a task of
+    another thread may step the manager between the two, and the task reads the other's result; only with one thread a
+    worker is ``worker_manager().replay(...)`` enough.
     """
     from distributed import get_worker
 
     plugin = get_worker().plugins.get(name)
-    if plugin is None or plugin.held is None:
+    held = None if plugin is None else plugin.held
+    if held is None:
         raise LookupError(f"this worker holds no manager named {name!r}: make Fleet(client, make, name={name!r}) first")
-    return plugin.held.manager
+    return WorkerManager(held)
 
 
 # ------------------------------------------------------------------------------------------------- inside a worker
 
 _KEY = "numbabuf-demand"  # of the scheduler's metadata: the last merged demand, by the name of the fleet
+
+
+LAST_TASK_S = 60.0
+"""Seconds that the end of a worker's manager waits for the task that is inside its block."""
 
 
 class _Held:
@@ -213,6 +275,8 @@ class _Held:
         pool: Callable[[], BufferPool],
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self._turn = threading.Lock()  # one task at a time, from its step to the reading of its results
+        self._inside: int | None = None  # the thread that holds it
         self.pool = pool()
         try:
             self.manager = make(self.pool)
@@ -239,6 +303,25 @@ class _Held:
     def _predicting(self) -> PredictiveBufferManager | None:
         return self.manager if isinstance(self.manager, PredictiveBufferManager) else None
 
+    def enter(self) -> InputBufferManager:
+        """Take the manager for one task.
+
+        Two tasks without it: A steps; B steps, in another thread, and its graph writes where A's wrote; A reads B's
+        results.
+        """
+        if self._inside == threading.get_ident():
+            raise BusyError(
+                "this thread is inside `with worker_manager()` already: use the manager that the outer block gave"
+            )
+        self._turn.acquire()
+        self._inside = threading.get_ident()
+        return self.manager
+
+    def leave(self) -> None:
+        """End a task's turn; the manager stays as it is."""
+        self._inside = None
+        self._turn.release()
+
     def own_demand(self) -> dict[str, Any]:
         """The steps that ran here, as sent."""
         return _pack(self._settings, self._own.copy())
@@ -257,9 +340,16 @@ class _Held:
 
     def close(self) -> None:
         """Close the manager, then the pool; say so if somebody else still leases from it."""
+        mine = self._inside == threading.get_ident()
+        # A task inside its block still reads memory that goes back to the driver here.
+        waited = not mine and self._turn.acquire(timeout=LAST_TASK_S)
+        if not (mine or waited):
+            _log.warning("a task still holds a worker's manager after %g s: it is closed under it", LAST_TASK_S)
         try:
             self.manager.close()
         finally:
+            if waited:
+                pass
             leased = self.pool.stats().in_use_count
             if leased:
                 _log.warning("%d buffer(s) of a worker's pool are still leased at its end: release them", leased)
