@@ -349,7 +349,7 @@ class _Held:
             self.manager.close()
         finally:
             if waited:
-                pass
+                self._turn.release()
             leased = self.pool.stats().in_use_count
             if leased:
                 _log.warning("%d buffer(s) of a worker's pool are still leased at its end: release them", leased)
