@@ -17,6 +17,7 @@ from ._cuda.access import (
     load4,
     load8,
     load16,
+    publish8,
     store1,
     store2,
     store4,
@@ -32,7 +33,8 @@ WORD = 8
 # The fill table, in device memory: HEAD words, then ROW words per slot.
 STEP, DONE, RING_ADDRESS, BLOCK_BYTES, RING_DEPTH, RETIRED_ADDRESS, HEAD = 0, 1, 2, 3, 4, 5, 6
 """Words of the head: fills completed, thread blocks that have finished this fill, where the staging ring lies, bytes
-of one of its blocks, number of blocks, where the host reads how many fills are completed."""
+of one of its blocks, number of blocks, where the host reads how many fills are completed. The third and fourth are
+read by one access, as are the fifth and sixth."""
 SOURCE, TARGET, OPERATION, SOURCE_ITEM, TARGET_ITEM = 0, 1, 2, 3, 4
 PITCH, PAD_MODE, PAD_LOW, PAD_HIGH, ROW = 5, 6, 7, 8, 9
 """Words of a row: offset of the staged values in a block, address of the slot, conversion, bytes of a staged and of a
@@ -271,8 +273,9 @@ def fill_slots(table):
     Traffic: the staged bytes once over the bus, the padded bytes once into device memory.
     """
     step = load8(table + STEP * WORD)
-    depth = load8(table + RING_DEPTH * WORD)
-    block = load8(table + RING_ADDRESS * WORD) + (step % depth) * load8(table + BLOCK_BYTES * WORD)
+    depth, retired = load16(table + RING_DEPTH * WORD)
+    ring, block_bytes = load16(table + RING_ADDRESS * WORD)
+    block = ring + (step % depth) * block_bytes
     row = table + (HEAD + cuda.blockIdx.y * ROW) * WORD
     live = block + cuda.blockIdx.y * LIVE * WORD
     rows = load8(live + ROWS * WORD)
@@ -337,10 +340,14 @@ def fill_slots(table):
     if cuda.threadIdx.x == 0:
         cuda.threadfence()
         if add8(table + DONE * WORD, 1) == cuda.gridDim.x * cuda.gridDim.y - 1:
+            # Two races that this fence ends; an atomic by itself orders nothing behind it. Another block reads its
+            # staged values and adds to DONE; this one sees the sum and publishes; the host writes the staging block
+            # again; the other block has read that. Or it has read the next count: STEP, stored below. The publication
+            # is strong because a weak store is not ordered towards the host. tests/test_memory_model.py has the proof.
+            cuda.threadfence_system()
             store8(table + DONE * WORD, 0)
             store8(table + STEP * WORD, step + 1)
-            cuda.threadfence_system()
-            store8(load8(table + RETIRED_ADDRESS * WORD), step + 1)
+            publish8(retired, step + 1)
 
 
 @cuda.jit

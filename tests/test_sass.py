@@ -7,6 +7,7 @@ fraction of the bus. Both are silent in every other test.
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -94,3 +95,27 @@ def test_fills_and_copies_use_128_bit_accesses(compiled, number, arch):
     row = compiled[number, arch]
     assert wide_accesses(row, "LDG") > 0, row["opcodes"]
     assert wide_accesses(row, "STG") > 0, row["opcodes"]
+
+
+FILL = NAMES.index("fill_slots")
+REGISTERS = {"sm_75": 96, "sm_80": 96, "sm_90": 70, "sm_100": 80}
+"""What a thread of `fill_slots` may use: more would leave fewer warps to hide the reads of host memory."""
+
+
+@EVERY_ARCHITECTURE
+def test_the_fill_keeps_to_its_registers(compiled, arch):
+    assert compiled[FILL, arch]["registers"] <= REGISTERS[arch]
+
+
+@EVERY_ARCHITECTURE
+def test_the_fill_publishes_by_one_strong_store_behind_its_fences(compiled, arch):
+    """The order that `tests/test_memory_model.py` proves right, as the machine runs it."""
+    row = compiled[FILL, arch]
+    strong = {opcode: n for opcode, n in row["opcodes"].items() if opcode.startswith("STG") and "STRONG" in opcode}
+    assert strong == {"STG.E.64.STRONG.SYS": 1}
+    kinds = r"BAR\.SYNC|MEMBAR\.SC\.GPU|ATOMG\.E\.ADD|MEMBAR\.SC\.SYS|STG\.E\.64\.STRONG\.SYS|STG"
+    found = re.findall(rf"/\*[0-9a-f]+\*/\s+(?:@!?\w+ +)?({kinds})", row["sass"])
+    end = found[found.index("BAR.SYNC") :]
+    assert end[:4] == ["BAR.SYNC", "MEMBAR.SC.GPU", "ATOMG.E.ADD", "MEMBAR.SC.SYS"]
+    assert end[-1] == "STG.E.64.STRONG.SYS"
+    assert end[4:-1] in (["STG"], ["STG", "STG"])  # DONE and STEP, which lie side by side

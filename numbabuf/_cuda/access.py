@@ -4,6 +4,9 @@ A kernel that takes one table of addresses costs one launch argument instead of 
 per access, which no Numba element type allows. Every load returns a signed 64-bit integer (narrow values are
 zero-extended), so that mixing it with literals never turns into float64, as uint64 would.
 `load16` returns two of them and needs a 16-byte aligned address; the others need their own size.
+
+`publish8` is the store for a word that the host reads while the kernel runs: it is volatile, which the memory model of
+PTX counts as a strong access of the whole system's scope. The weak `store8` may be torn or put off by that model.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 from numba.core import config
 
 __all__ = [
-    "add8", "load1", "load2", "load4", "load8", "load16", "store1", "store2", "store4", "store8", "store16",
+    "add8", "load1", "load2", "load4", "load8", "load16", "publish8", "store1", "store2", "store4", "store8", "store16",
 ]  # fmt: skip
 
 
@@ -52,6 +55,7 @@ def _simulated() -> dict[str, Any]:
     load2, store2 = pair(ctypes.c_uint16)
     load4, store4 = pair(ctypes.c_uint32)
     load8, store8 = pair(ctypes.c_int64)
+    publish8 = store8
     return {name: value for name, value in locals().items() if name in __all__}
 
 
@@ -97,6 +101,17 @@ def _compiled() -> dict[str, Any]:
 
         return named(load, f"load{bits // 8}"), named(store, f"store{bits // 8}")
 
+    def publish8(typingctx: Any, addr: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            wide = context.cast(builder, args[1], sig.args[1], types.int64)
+            place = context.cast(builder, args[0], sig.args[0], types.int64)
+            # llvmlite cannot spell a volatile store, so PTX does; as it clobbers memory, no other access moves past it
+            kind = ir.FunctionType(ir.VoidType(), (word, word))
+            builder.asm(kind, "st.volatile.global.u64 [$0], $1;", "l,l,~{memory}", (place, wide), side_effect=True)
+            return context.get_dummy_value()
+
+        return types.void(addr, value), codegen
+
     def load16(typingctx: Any, addr: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             value = builder.load(pointer(context, builder, args[0], sig.args[0], vector))
@@ -128,7 +143,7 @@ def _compiled() -> dict[str, Any]:
     made: dict[str, Any] = {}
     for bits in (8, 16, 32, 64):
         made[f"load{bits // 8}"], made[f"store{bits // 8}"] = integers(bits)
-    for function in (load16, store16, add8):
+    for function in (load16, store16, publish8, add8):
         made[function.__name__] = intrinsic(function)
     return made
 
@@ -143,6 +158,6 @@ def _operations() -> dict[str, Any]:
 
 
 _made = _operations()
-add8 = _made["add8"]
+add8, publish8 = _made["add8"], _made["publish8"]
 load1, load2, load4, load8, load16 = (_made[f"load{n}"] for n in (1, 2, 4, 8, 16))
 store1, store2, store4, store8, store16 = (_made[f"store{n}"] for n in (1, 2, 4, 8, 16))
