@@ -19,9 +19,8 @@ from typing import Any
 
 from . import _cuda, calibration
 from .checks import whole_number
-from .entry import BufferEntry
 from .errors import BusyError, CaptureError, TierFullError
-from .memory import Ledger, Ticket
+from .memory import Ledger, Ticket, size_class
 from .moves import Mark, Move, Mover
 from .policies import Policy, make_policy
 from .pool import SimpleBufferPool
@@ -29,6 +28,7 @@ from .spec import BufferSpec, BufferState, Tier
 from .stats import Frozen, HierarchyStats
 from .store import Store
 from .tiered import Record, TieredEntry
+from .turns import Turns
 
 __all__ = ["HierarchicalBufferPool", "HierarchyStats"]
 
@@ -72,6 +72,31 @@ class _TierStore(Store):
         super().__init__(_TierLedger(budgets), owner, events=events)
         self.settled = 0
         """Managed allocations whose pages the driver keeps on the host."""
+        self.trims = 0
+        """Times that idle memory was freed to grow."""
+        self.moves = self.moves_bytes = 0
+        """Times that memory was taken for a move, and its capacity in bytes: no leases of a user's."""
+
+    def take(self, ticket: Ticket, kind: str, stream: Any) -> None:
+        """Begin to use a buffer in hand, found as `kind`, as a move's target on `stream`. Lock held."""
+        block = ticket.block
+        block.generation += 1
+        block.users, block.plain = (stream,), False
+        self.moves += 1
+        self.moves_bytes += block.nbytes
+        if self.watch.active:
+            self.watch.tell(kind, block, lease=False)
+
+    def grow_or_free(self, spec: BufferSpec) -> Ticket:
+        """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
+        try:
+            return self.grow(spec)
+        except Exception as error:  # it ends here: kept, its traceback would keep what the frames below it hold
+            if not _cuda.is_out_of_memory(error):
+                raise
+        self.trims += self.make_room(spec.tier, max(1, spec.size_bytes)) > 0
+        _cuda.flush_pending_frees()
+        return self.grow(spec)
 
     def grow(self, spec: BufferSpec) -> Ticket:
         with self.lock:  # from the look at what is free to the promise, nobody else may ask for managed memory
@@ -101,6 +126,25 @@ class _TierStore(Store):
         room = self.ledger.room(tier)
         assert room is not None
         return room + sum(block.nbytes for block in blocks if block.tier is tier)
+
+
+class _Lease:
+    """What a `use` holds until its end.
+
+    Attributes
+    ----------
+    captured : bool
+        Whether its work goes into a graph, so that no event can be put behind it.
+    seen : list of Mark or None
+        Of each entry the mark that it had when the use began; empty before that, and after the end.
+    """
+
+    __slots__ = ("captured", "claims", "entries", "seen", "stream")
+
+    def __init__(self, entries: list[TieredEntry], stream: Any, captured: bool) -> None:
+        self.entries, self.stream, self.captured = entries, stream, captured
+        self.claims = contextlib.ExitStack()
+        self.seen: list[Mark | None] = []
 
 
 class HierarchicalBufferPool(SimpleBufferPool):
@@ -166,9 +210,11 @@ class HierarchicalBufferPool(SimpleBufferPool):
         budgets = {Tier.DEVICE: device_bytes, Tier.MANAGED: managed_bytes, Tier.PINNED: pinned_bytes}
         budgets = {tier: whole_number(f"{tier.value}_bytes", budget) for tier, budget in budgets.items()}
         self._begin(_TierStore(budgets, weakref.ref(self), events), on_oom)
+        self._turns = Turns()
         self._keys = itertools.count(1)
         self._records: dict[int, Record] = {}
         self._gone: deque[int] = deque()  # keys of entries that died
+        self._reserved: set[BufferSpec] = set()  # of earlier calls, as far as there are blocks of them
         self._places: dict[Tier, set[int]] = {tier: set() for tier in Tier}  # keys by where the contents are
         self._homes: set[int] = set()  # keys of those with a home
         self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
@@ -179,6 +225,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
     def _lock(self) -> threading.RLock:
         """Held in every step of the pool, for its books and those of the store."""
         return self._store.lock
+
+    def _step(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """One step of the pool: the lock held, and BusyError where this thread is in the middle of one already."""
+        return self._turns.take(self._lock, self, what)
 
     @property
     def _mover(self) -> Mover:
@@ -198,37 +248,116 @@ class HierarchicalBufferPool(SimpleBufferPool):
         Room is made by demoting what the policy finds coldest; no lease is waited for. Parameters and errors are those
         of `SimpleBufferPool.allocate`; TierFullError means that no tier from the spec's downwards has room.
         """
-        if isinstance(spec, BufferSpec) and not self._hot.get(spec) and not _cuda.captures:
-            for tier in (spec.tier, *_below(spec.tier)):
-                with self._lock:
-                    self._store.refuse_closed()
-                    if not self._make_room(tier, spec.size_bytes):
-                        continue
-                try:
-                    with self._ladder.quiet():
-                        plain = super().allocate(_placed(spec, tier), stream=stream)
-                    return self._enlist(plain, spec)
-                except TierFullError:  # the driver has less than the budget, or another thread was faster
-                    continue
-        return self._enlist(super().allocate(spec, stream=stream), spec)  # a hit, or the error with the account
+        if not isinstance(spec, BufferSpec):
+            raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
+        wrapped = None if stream is None else _cuda.as_stream(stream)
+        try:
+            return self._serve(spec, wrapped)
+        except Exception as error:  # it ends here, as in `_TierStore.grow_or_free`
+            if not _cuda.is_out_of_memory(error):
+                raise
+        return self._ladder.climb(spec, functools.partial(self._serve, spec, wrapped), self._demote)
 
-    def _enlist(self, plain: BufferEntry, spec: BufferSpec) -> TieredEntry:
-        entry = TieredEntry(plain._held.pop(), spec)
-        entry._record = record = Record(next(self._keys), entry, self._gone)
-        with self._lock:
+    def _serve(self, spec: BufferSpec, stream: Any) -> TieredEntry:
+        """Lease a buffer in the first tier, from the spec's downwards, where there is room or room can be made.
+
+        The memory error that it raises says of each tier why not.
+        """
+        store = self._store
+        with self._step("allocate"):
+            store.refuse_closed()
             if self._gone:
                 self._sweep()
-            self._records[record.key] = record
-            self._places[entry.tier].add(record.key)
+            reasons = []
+            for tier in (spec.tier,) if _cuda.capturing() else (spec.tier, *_below(spec.tier)):
+                placed = _placed(spec, tier)
+                for again in (False, True):
+                    try:
+                        ticket, kind = self._find_room(placed, stream)
+                    except Exception as error:
+                        if not _cuda.is_out_of_memory(error):
+                            raise
+                        reasons.append(str(error))
+                    else:
+                        store.lease(ticket, kind, stream)
+                        return self._enlist(ticket, spec)
+                    if again or not self._relieve(tier, spec.size_bytes):
+                        break
+                    self._ladder.counts["demote"] += 1
+            raise TierFullError("; ".join(reasons))
+
+    def _find_room(self, spec: BufferSpec, stream: Any) -> tuple[Ticket, str]:
+        """Take memory in the tier of `spec`, for work on `stream`, and say how it was found.
+
+        Pressure here may move what is not claimed.
+        """
+        store = self._store
+        ticket, kind = store.find(spec, stream)
+        if ticket is None:
+            if _cuda.capturing():
+                raise CaptureError(
+                    f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
+                    f"reserve([{spec}]) before the capture"
+                )
+            if not self._make_room(spec.tier, spec.size_bytes):
+                raise TierFullError(
+                    f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
+                    "free, and not enough of the rest can move. Release buffers, or raise the budget"
+                )
+            ticket, kind = store.find(spec, stream)
+        if ticket is None:
+            return store.grow_or_free(spec), "miss"
+        return ticket, kind
+
+    def _enlist(self, ticket: Ticket, spec: BufferSpec) -> TieredEntry:
+        entry = TieredEntry(ticket, spec)
+        entry._record = record = Record(next(self._keys), entry, self._gone)
+        self._records[record.key] = record
+        self._places[entry.tier].add(record.key)
         return entry
 
+    def _relieve(self, tier: Tier, nbytes: int) -> int:
+        """Demote buffers where the driver has less than the budget; return how many."""
+        victims = [] if _cuda.capturing() else self._victims(tier, nbytes)
+        if not victims or not self._evict(victims):
+            return 0
+        self._store.make_room(tier, nbytes)
+        return len(victims)
+
     def _demote(self, tier: Tier, nbytes: int) -> str | None:
-        """The ladder's rung that is this pool's own, of use where the driver has less than the budget."""
-        with self._lock:
-            victims = [] if _cuda.captures else self._victims(tier, nbytes)
-            if not victims or not self._evict(victims):
-                return None
-        return f"{len(victims)} buffers demoted, {self._store.make_room(tier, nbytes)} bytes freed"
+        """The ladder's rung that is this pool's own."""
+        with self._step("allocate"):
+            count = self._relieve(tier, nbytes)
+        return f"{count} buffers demoted" if count else None
+
+    def reserve(self, specs: Iterable[BufferSpec]) -> None:
+        """Have idle buffers ready, as in `SimpleBufferPool.reserve`; colder buffers are demoted to make room for them.
+
+        They are ready in the tier of their spec: none goes to a tier below.
+        """
+        wanted = list(specs)
+        with self._step("reserve"):
+            self._store.refuse_closed()
+            if not _cuda.capturing():
+                needed, kept = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
+                for spec in wanted:
+                    if isinstance(spec, BufferSpec):  # others are refused below
+                        needed[spec.tier] += size_class(max(1, spec.size_bytes))
+                for ticket in self._store.idle():
+                    if ticket.block.spec in self._reserved.difference(wanted):
+                        kept[ticket.block.tier] += ticket.block.nbytes
+                for tier, nbytes in needed.items():
+                    # Idle buffers that serve already are part of the room there is. Those of earlier calls are not,
+                    # as long as others can go instead: what was reserved shall be there when it is leased.
+                    if nbytes and not self._make_room(tier, nbytes + kept[tier]):
+                        self._make_room(tier, nbytes)
+            super().reserve(wanted)
+            self._reserved = {block.spec for block in self._store.blocks} & self._reserved.union(wanted)
+
+    def trim(self, max_bytes: int) -> int:
+        """Free idle memory, as in `SimpleBufferPool.trim`."""
+        with self._step("trim"):
+            return super().trim(max_bytes)
 
     # -------------------------------------------------------------------------------------------------------- use
 
@@ -274,34 +403,46 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         chosen = self._mine(entries)
         wrapped = _stream_of(stream)
-        capturing = threading.get_ident() in _cuda.captures
-        claims = contextlib.ExitStack()
-        seen: list[Mark | None] = []  # none before the lease has begun
+        lease = _Lease(chosen, wrapped, _cuda.capturing())
         try:
-            with self._lock:
+            with self._step("use"):
                 self._store.refuse_closed()
-                claims.enter_context(self._claimed(chosen))
-                for entry in chosen:
-                    if not entry._record.fixed:
-                        self.policy.touch(entry._record.key, entry.nbytes, write=write)
-                self._bring_up(chosen, insist=not in_place, judge=in_place)
-                if not capturing:
-                    for entry in chosen:
-                        self._order_after(entry, wrapped)
-                for entry in chosen:
-                    if write:
-                        self._drop_copy(entry._record)
-                    if entry.tier is not Tier.DEVICE:
-                        self._moved["in_place"] += 1
-                    entry._state = BufferState.IN_USE
-                    entry.last_used = time.monotonic()
-                    entry.use_count += 1
-                seen = [entry._record.mark for entry in chosen]
+                self._begin_use(lease, write=write, in_place=in_place)
             yield [entry._held[0].block.device_view() for entry in chosen]
         finally:
-            with self._store.ending(), claims:
-                if seen and (not capturing or threading.get_ident() not in _cuda.captures):
-                    self._mark_use(chosen, seen, wrapped)
+            if self._turns.mine:  # by a finaliser, or refused
+                self._turns.later(functools.partial(self._end_use, lease))
+            else:
+                with self._store.ending(), self._step("the end of a use"):
+                    self._end_use(lease)
+
+    def _begin_use(self, lease: _Lease, *, write: bool, in_place: bool) -> None:
+        chosen = lease.entries
+        lease.claims.enter_context(self._claimed(chosen, leased=True))
+        for entry in chosen:
+            if not entry._record.fixed:
+                self.policy.touch(entry._record.key, entry.nbytes, write=write)
+        refused = self._bring_up(chosen, insist=not in_place, judge=in_place)
+        if not lease.captured:
+            for entry in chosen:
+                self._order_after(entry, lease.stream)
+        self._moved["refused"] += refused
+        for entry in chosen:
+            if write:
+                self._drop_copy(entry._record)
+            if entry.tier is not Tier.DEVICE:
+                self._moved["in_place"] += 1
+            entry._state = BufferState.IN_USE
+            entry.last_used = time.monotonic()
+            entry.use_count += 1
+        lease.seen = [entry._record.mark for entry in chosen]
+
+    def _end_use(self, lease: _Lease) -> None:
+        """End what `use` began, once; without fail, but for interrupts."""
+        with lease.claims:
+            if lease.seen and (not lease.captured or not _cuda.capturing()):
+                seen, lease.seen = lease.seen, []
+                self._mark_use(lease.entries, seen, lease.stream)
 
     def _mark_use(self, entries: Sequence[TieredEntry], seen: Sequence[Mark | None], stream: Any) -> None:
         """Put one mark behind a lease's work, and behind that of leases on other streams that ended meanwhile."""
@@ -309,7 +450,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         try:
             for entry in entries:  # what holds if an interrupt comes before the mark
                 entry._held[0].block.add_user(stream)
-            if threading.get_ident() not in _cuda.captures:  # one begun within the lease takes the event
+            if not _cuda.capturing():  # one begun within the lease takes the event
                 for entry, mark in zip(entries, seen, strict=True):
                     if entry._record.mark is not mark:
                         self._order_after(entry, stream)
@@ -354,7 +495,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         Streams: queued on the pool's own stream; returns at once.
         """
         chosen = self._mine(entries)
-        with self._lock, self._claimed(chosen):
+        with self._step("promote"), self._claimed(chosen):
             self._store.refuse_closed()
             self._bring_up(chosen, insist=True, judge=False)
 
@@ -371,9 +512,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         chosen = self._mine(entries)
         wrapped = _stream_of(stream)
-        with self._lock, self._claimed(chosen):
+        with self._step("prefetch"), self._claimed(chosen):
             self._store.refuse_closed()
-            if not _cuda.captures:
+            if not _cuda.capturing():
                 self._bring_up(chosen, insist=False, judge=False)
                 for entry in chosen:
                     self._order_after(entry, wrapped)
@@ -386,7 +527,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         chosen = self._mine(entries)
         tier = None if tier is None else Tier(tier)
-        with self._lock, self._claimed(chosen):
+        with self._step("demote"), self._claimed(chosen):
             self._store.refuse_closed()
             lower = [e for e in chosen if (tier in _below(e.tier) if tier else _below(e.tier))]
             for entry in lower:
@@ -394,7 +535,15 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._transfer([(entry, tier) for entry in lower])
 
     def tier_of(self, entry: TieredEntry) -> Tier:
-        """Return the tier that a buffer's contents are in, or on their way to."""
+        """Return the tier that a buffer's contents are in, or on their way to; after its release, that of its spec.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `entry` was not returned by a hierarchical pool's `allocate`, or by another pool's.
+        """
+        if not isinstance(entry, TieredEntry) or entry._held:
+            self._mine([entry])
         return entry.tier
 
     def unfix(self, entries: Iterable[TieredEntry]) -> None:
@@ -403,30 +552,32 @@ class HierarchicalBufferPool(SimpleBufferPool):
         Work that is queued already counts if it is on a stream that was named to the entry (`mark_in_use`,
         `record_stream`, `allocate`), or, for device memory with no stream named, on the default stream.
         """
-        for entry in self._mine(entries):
-            with self._lock:
+        chosen = self._mine(entries)
+        with self._step("unfix"):
+            for entry in chosen:
                 entry._record.fixed, entry._record.mark = False, None
 
     def _fix(self, entry: TieredEntry) -> None:
         """Bring a buffer to the tier of its spec, for good: its address is about to be taken outside a lease."""
-        with self._lock, self._claimed([entry]):
-            record = entry._record
-            if record.fixed:  # another thread was faster
+        record = entry._record
+        with self._step("the address of a buffer"):
+            if record.fixed or threading.get_ident() in record.threads:  # another thread was faster; or in a lease
                 return
-            if record.mark is not None and _cuda.captures:
-                raise CaptureError(f"{entry!r} may be on the move: take its address, or use() it, before the capture")
-            if entry.tier is not entry.spec.tier:
-                self._store.refuse_closed()
-                self._refuse_busy(entry)
-                self._transfer([(entry, entry.spec.tier)])
-            _cuda.require()
-            if record.mark is not None:
-                record.mark.synchronize()
-            elif entry.use_count and not _cuda.captures:  # a use that could not be marked
-                for user in entry._held[0].block.users:
-                    user.synchronize()
-            self._drop_copy(record)
-            record.fixed = True
+            with self._claimed([entry]):
+                if record.mark is not None and _cuda.capturing():
+                    raise CaptureError(f"{entry!r} may be moving: take its address, or use() it, before the capture")
+                if entry.tier is not entry.spec.tier:
+                    self._store.refuse_closed()
+                    self._refuse_busy(entry)
+                    self._transfer([(entry, entry.spec.tier)])
+                _cuda.require()
+                if record.mark is not None:
+                    record.mark.synchronize()
+                elif entry.use_count and not _cuda.capturing():  # a use that could not be marked
+                    for user in entry._held[0].block.users:
+                        user.synchronize()
+                self._drop_copy(record)
+                record.fixed = True
 
     def _mine(self, entries: Iterable[TieredEntry]) -> list[TieredEntry]:
         chosen = list(entries)
@@ -440,11 +591,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
         return chosen
 
     @contextlib.contextmanager
-    def _claimed(self, entries: Iterable[TieredEntry]) -> Iterator[None]:
-        """Keep buffers from being moved or released by anybody else. Holds the lock.
+    def _claimed(self, entries: Iterable[TieredEntry], *, leased: bool = False) -> Iterator[None]:
+        """Keep buffers from being moved or released by anybody else, for a step or (`leased`) a use. Holds the lock.
 
-        The lock alone does not: pressure that arises inside a move picks its victims on the same thread, and so do
-        finalisers that the collector runs in the middle of it.
+        The lock alone does not: pressure that arises inside a move picks its victims on the same thread.
         """
         self._sweep()  # it leaves alone what is claimed
         claimed, thread = [], threading.get_ident()
@@ -453,10 +603,12 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 entry._block("used")
                 entry._record.threads.append(thread)
                 claimed.append(entry)
+                entry._record.leases += leased
             yield
         finally:
             for entry in claimed:
                 entry._record.threads.remove(thread)
+                entry._record.leases -= leased
 
     def _refuse_busy(self, entry: TieredEntry) -> None:
         if entry._record.fixed:
@@ -466,9 +618,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     # ------------------------------------------------------------------------------------------------------- pressure
 
-    def _bring_up(self, entries: Sequence[TieredEntry], *, insist: bool, judge: bool) -> None:
+    def _bring_up(self, entries: Sequence[TieredEntry], *, insist: bool, judge: bool) -> int:
         """Promote claimed buffers: all of them, or (not `insist`) those that there is room for.
 
+        Returns how many the policy kept out for which there would have been room.
         `judge`: they will be used; ask the policy whether a buffer is worth its victims. One under a live graph has a
         place to go to, and cannot be read in place: the graph knows one address only.
         """
@@ -478,12 +631,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
             if entry.tier is not Tier.DEVICE:
                 if must:
                     self._refuse_busy(entry)
-                    if _cuda.captures:
+                    if _cuda.capturing():
                         raise CaptureError(f"{entry!r} must move to device memory: promote() it before the capture")
-                if not entry._record.fixed and entry._record.uses == 1 and not _cuda.captures:
+                if not entry._record.fixed and entry._record.uses == 1 and not _cuda.capturing():
                     wanted.append(entry)
+        refused = 0
         if not wanted:
-            return
+            return refused
         room = self._store.room_in(Tier.DEVICE)
         cold = self._cold(Tier.DEVICE)
         victims: list[TieredEntry] = []
@@ -507,7 +661,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                     f"{self._store.ledger.limit(Tier.DEVICE)} and what cannot be moved leave {room}. Leave other uses "
                     "first, ask for fewer buffers at once, or raise device_bytes"
                 )
-            self._moved["refused"] += fits
+            refused += fits
             room -= sum(victim._held[0].block.nbytes for victim in going)
             cold = itertools.chain(going, cold)
         try:
@@ -517,6 +671,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             homes = judge and any(entry._record.home is not None for entry in coming)
             if insist or homes or not _cuda.is_out_of_memory(error):
                 raise
+        return refused
 
     def _make_room(self, tier: Tier, nbytes: int) -> bool:
         """Demote until `nbytes` more fit the budget of a tier; whether they do. Holds the lock; no capture is open."""
@@ -620,7 +775,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         if not wanted:
             return
-        if _cuda.captures:
+        if _cuda.capturing():
             raise CaptureError("buffers cannot move while a graph is captured: promote() or demote() them before it")
         _cuda.one_device(self._store.device, self)
         plan: list[tuple[TieredEntry, Ticket, bool]] = []  # entry, its next ticket, whether that was made for it
@@ -652,34 +807,17 @@ class HierarchicalBufferPool(SimpleBufferPool):
         *others, last = _below(entry.tier) if tier is None else (tier,)
         for other in others:
             if self._store.room_in(other) >= max(1, entry.nbytes):
-                found = self._obtain(_placed(entry.spec, other))  # its budget has room, and the card may have none
-                if isinstance(found, Ticket):
-                    return found, True
-        found = self._obtain(_placed(entry.spec, last))
-        if isinstance(found, Ticket):
-            return found, True
-        raise found
+                try:
+                    return self._obtain(_placed(entry.spec, other)), True
+                except Exception as error:  # its budget has room, and the card may have none
+                    if not _cuda.is_out_of_memory(error):
+                        raise
+        return self._obtain(_placed(entry.spec, last)), True
 
-    def _obtain(self, spec: BufferSpec) -> Ticket | Exception:
-        """Take memory from the pool for work on the mover's stream, or return the error that says there is none.
-
-        Pressure here may move what is not claimed.
-        """
-        store, stream = self._store, self._mover.stream
-        ticket, kind = store.find(spec, stream)
-        if ticket is None:
-            if not self._make_room(spec.tier, spec.size_bytes):
-                return TierFullError(
-                    f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
-                    "free, and not enough of the rest can move. Release buffers, or raise the budget"
-                )
-            ticket, kind = store.find(spec, stream)
-        if ticket is None:
-            found = store.grow_or_trim(spec)
-            if not isinstance(found, Ticket):
-                return found
-            ticket = found
-        store.lease(ticket, kind, stream)
+    def _obtain(self, spec: BufferSpec) -> Ticket:
+        """Take memory for a move, which is work on the mover's stream."""
+        ticket, kind = self._find_room(spec, self._mover.stream)
+        self._store.take(ticket, kind, self._mover.stream)
         return ticket
 
     def _swap(self, entry: TieredEntry, new: Ticket, mark: Mark | None) -> None:
@@ -691,6 +829,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             new.block.users = old.block.users = (self._mover.stream,)
         new.block.plain = old.block.plain = False
         entry._held[0] = new
+        self._store.watch.moved(old.block, new.block)
         self._places[old.block.tier].discard(record.key)
         self._places[new.block.tier].add(record.key)
         record.copy = None if clean else record.copy
@@ -712,16 +851,21 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def stats(self) -> HierarchyStats:
         """Return one consistent snapshot: all its figures are of one moment."""
-        with self._lock:
-            if not _cuda.captures:
+        with self._step("stats"):
+            if not _cuda.capturing():
                 self._sweep()
             base = super().stats()
             tiers = {tier: len(keys) for tier, keys in self._places.items()}
             mover = self._made_mover
             shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+            store = self._store
+            shared["oom"] = dataclasses.replace(base.oom, trim=base.oom.trim + store.trims)
+            shared["allocations"] -= store.moves
+            shared["allocated_bytes"] -= store.moves_bytes
+            shared["exact_hits"] -= store.moves
             return HierarchyStats(
                 **shared | self._moved,
-                settled=self._store.settled,
+                settled=store.settled,
                 launches=mover.launches if mover else 0,
                 moved_bytes=mover.moved_bytes if mover else 0,
                 buffers_by_tier=Frozen(tiers),
@@ -729,8 +873,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def check(self) -> None:
         """Assert the pool's invariants; the message of a failure holds the pool's whole state."""
-        super().check()
-        with self._lock:
+        with self._step("check"):
+            super().check()
             seen: set[int] = set()
             for record in self._records.values():
                 entry = record.entry()
@@ -758,7 +902,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
         Leased buffers stay valid where they are, until released. Idempotent. CaptureError while a capture is open.
         """
-        with self._lock:
+        with self._step("close"):
             self._store.refuse_capture("close")
             for record in list(self._records.values()):
                 self._drop_copy(record)

@@ -6,21 +6,20 @@ Every climb is bounded, every rung taken is counted, and the error at the end te
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from . import _cuda
 from .errors import TierFullError
-from .memory import Ticket
 from .spec import BufferSpec, Tier
 from .stats import OomSteps
 from .store import Store
 
 __all__ = ["Ladder", "Rung"]
 
+_T = TypeVar("_T")
 Rung = Callable[[Tier, int], "str | None"]
 """Makes room for a number of bytes in a tier, as far as it can; returns what it did, or None if it had nothing to do,
 which does not count."""
@@ -48,49 +47,55 @@ class Ladder:
         self._on_oom = on_oom
         self._within = threading.local()
 
-    def climb(self, spec: BufferSpec, stream: Any, demote: Rung) -> tuple[Ticket, str]:
-        """Take memory for `spec` from the driver; where there is no room, make some. Called without the lock.
+    def climb(self, spec: BufferSpec, serve: Callable[[], _T], demote: Rung) -> _T:
+        """Make room for `spec`, rung by rung, until `serve` succeeds. Called without the lock.
+
+        `on_oom` may have released anything, so all other rungs are taken once more after it.
 
         Parameters
         ----------
+        serve
+            Tries to serve the request; where there is no room it raises TierFullError, or what the driver says of
+            memory. Tried before the first rung, and after each.
         demote
             What the pool itself can do: sends buffers to other tiers.
 
         Returns
         -------
-        ticket, kind
-            As of `Store.find`: room may turn out to be an idle buffer.
+        what `serve` returned
 
         Raises
         ------
         TierFullError
             No rung helped; the text holds the whole account.
         """
-        store = self._store
         rungs: dict[str, Rung] = {
             "reap": self._reap, "trim": self._trim, "demote": demote, "collect": self._collect, "flush": self._flush,
-            "callback": self._callback,
         }  # fmt: skip
-        found = store.try_to_grow(spec)
+        asks = self._on_oom is not None and not self._asked
+        order = [*rungs.items(), *([("callback", self._callback), *rungs.items()] if asks else [])]
         report: list[str] = []
-        for name, rung in rungs.items():
-            if isinstance(found, Ticket):
-                break
-            note = rung(spec.tier, max(1, spec.size_bytes))
-            if note is None:
-                continue
-            report.append(f"{name}: {note}")
-            with store.lock:
-                self.counts[name] += 1
-                ticket, kind = store.find(spec, stream)
-            if ticket is not None:
-                return ticket, kind
-            found = store.try_to_grow(spec)
-        if isinstance(found, Ticket):
-            return found, "miss"
-        with store.lock:
+        last = ""
+        for name, rung in [("", None), *order]:
+            if rung is not None:
+                note = rung(spec.tier, max(1, spec.size_bytes))
+                if note is None:
+                    continue
+                report.append(f"{name}: {note}")
+                with self._store.lock:
+                    self.counts[name] += 1
+            try:
+                return serve()
+            # No error outlives its handler. One that is kept in a local of a frame that it passed through makes a
+            # cycle, error -> traceback -> frame -> error, and whatever those frames hold, the memory of freed blocks
+            # among it, then lives until the collector runs: beyond every limit.
+            except Exception as error:
+                if not _cuda.is_out_of_memory(error):
+                    raise
+                last = str(error)
+        with self._store.lock:
             self.counts["failed"] += 1
-        raise TierFullError(self._account(spec, report, found)) from found
+        raise TierFullError(self._account(spec, report, last))
 
     def _reap(self, tier: Tier, nbytes: int) -> str:
         with self._store.lock:
@@ -109,24 +114,25 @@ class Ladder:
         _cuda.flush_pending_frees()
         return "the frees that Numba had put off are carried out"
 
-    def _callback(self, tier: Tier, nbytes: int) -> str | None:
-        if self._on_oom is None or getattr(self._within, "quiet", False):
-            return None
-        with self.quiet():
+    @property
+    def _asked(self) -> bool:
+        """Whether this thread's `on_oom` is running: it is what asks, and is not asked itself."""
+        return getattr(self._within, "asked", False)
+
+    def _callback(self, tier: Tier, nbytes: int) -> str:
+        # Without any lock. Two threads, a lock M of the caller's own, and a pool's lock held here:
+        #   A: asks for memory, holds the pool's lock, and calls on_oom, which wants M
+        #   B: holds M, and releases an entry, which wants the pool's lock
+        # Each would wait for the other for ever.
+        assert self._on_oom is not None
+        self._within.asked = True
+        try:
             self._on_oom(nbytes)
+        finally:
+            self._within.asked = False
         return "on_oom was called"
 
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Leave `on_oom` out of this thread's climbs: it is what asks, or there are other ways to try first."""
-        before = getattr(self._within, "quiet", False)
-        self._within.quiet = True
-        try:
-            yield
-        finally:
-            self._within.quiet = before
-
-    def _account(self, spec: BufferSpec, report: list[str], last: BaseException) -> str:
+    def _account(self, spec: BufferSpec, report: list[str], last: str) -> str:
         store, tier = self._store, spec.tier
         with store.lock:
             mine = [block for block in store.blocks if block.tier is tier]

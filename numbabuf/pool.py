@@ -247,10 +247,17 @@ class SimpleBufferPool(BufferPool):
                 f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
                 f"reserve([{spec}]) before the capture"
             )
-        ticket, kind = self._ladder.climb(spec, wrapped, self._demote)
-        with store.lock:
-            store.lease(ticket, kind, wrapped)
-            return BufferEntry(ticket)
+
+        def serve() -> BufferEntry:
+            with store.lock:
+                ticket, kind = store.find(spec, wrapped)
+            if ticket is None:
+                ticket, kind = store.grow(spec), "miss"
+            with store.lock:
+                store.lease(ticket, kind, wrapped)
+                return BufferEntry(ticket)
+
+        return self._ladder.climb(spec, serve, self._demote)
 
     def _demote(self, tier: Tier, nbytes: int) -> str | None:
         """The rung of the ladder that is the pool's own: this one has nothing to move."""

@@ -212,6 +212,11 @@ class Scope:
         self._bytes -= nbytes
         self._count -= 1
 
+    def resize(self, nbytes: int) -> None:
+        """Count the change in capacity of a leased buffer."""
+        self._bytes += nbytes
+        self._peak_bytes = max(self._peak_bytes, self._bytes)
+
     def stats(self) -> ScopeStats:
         """Return the counts so far; after the scope's end, its final ones."""
         return ScopeStats(
@@ -311,9 +316,19 @@ class Watch:
         """Have `scope` count no more; one that never began to is no error."""
         self._scopes = [each for each in self._scopes if each is not scope]
 
-    def tell(self, kind: str, block: Any) -> None:
-        """Note that something of `EVENT_KINDS` happened to a `memory.Block`. Holds the pool's lock."""
-        if kind in ("exact_hit", "class_hit", "miss"):
+    def moved(self, source: Any, target: Any) -> None:
+        """Note that a leased buffer went to another block: its capacity from here on. Holds the pool's lock."""
+        for scope in self._scopes:
+            scope.resize(target.nbytes - source.nbytes)
+
+    def tell(self, kind: str, block: Any, *, lease: bool = True) -> None:
+        """Note that something of `EVENT_KINDS` happened to a `memory.Block`. Holds the pool's lock.
+
+        lease: whether it is a user's doing; a move takes memory and gives it back, and no scope counts that.
+        """
+        if not lease:
+            pass
+        elif kind in ("exact_hit", "class_hit", "miss"):
             for scope in self._scopes:
                 scope.add(block.nbytes)
             if self.debug:

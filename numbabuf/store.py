@@ -141,13 +141,14 @@ class Store:
                 self.watch.tell("release", block)
 
     def retire(self, ticket: Ticket) -> None:
-        """End a lease without fail: what cannot be marked now is tried again later. Lock held."""
+        """Give up memory that a move took, without fail: what cannot be marked now is tried again later. Lock held."""
         ticket.block.plain = False
         try:
             self.put_back(ticket)
         except Exception:
             self._park(ticket)
-        self.tell("release", ticket.block)
+        if not self._hot:
+            self.watch.tell("release", ticket.block, lease=False)
 
     def _park(self, ticket: Ticket) -> None:
         """Put a buffer aside, to be put back later. Lock held."""

@@ -7,11 +7,12 @@ Sits above `moves`, below `hierarchy`.
 from __future__ import annotations
 
 import contextlib
-import threading
+import functools
 import weakref
 from collections import deque
 from typing import Any
 
+from . import _cuda
 from .entry import BufferEntry
 from .errors import BusyError
 from .memory import Ticket
@@ -39,16 +40,19 @@ class Record:
         The same contents further down; only while the buffer is in device memory.
     home : Ticket or None
         Memory under a live graph that the buffer was demoted from and must come back to.
+    leases : int
+        Number of open leases among `threads`.
     mark : Mark or None
         After which all queued work on the buffer is done. None: after the work of its block's users.
     """
 
-    __slots__ = ("copy", "entry", "fixed", "home", "key", "mark", "threads")
+    __slots__ = ("copy", "entry", "fixed", "home", "key", "leases", "mark", "threads")
 
     def __init__(self, key: int, entry: TieredEntry, gone: deque[int]) -> None:
         self.key = key
         self.entry = weakref.ref(entry, lambda _, append=gone.append: append(key))  # type: ignore[misc]
         self.threads: list[int] = []
+        self.leases = 0
         self.fixed = False
         self.copy: Ticket | None = None
         self.home: Ticket | None = None
@@ -96,9 +100,7 @@ class TieredEntry(BufferEntry):
         block = self._block("used")
         pool = block.pool()
         if pool is not None and not self._record.fixed:
-            with pool._lock:  # a move by another thread counts as a use, and has ended when the lock is had
-                if threading.get_ident() not in self._record.threads:
-                    pool._fix(self)
+            pool._fix(self)
 
     @property
     def tier(self) -> Tier:
@@ -145,17 +147,38 @@ class TieredEntry(BufferEntry):
         return f"<TieredEntry {self.spec} {self.state.value}{where}>"
 
     def release(self, *, stream: Any = None) -> None:
-        """End the lease, as in any pool; BusyError while a `use` of the buffer is open."""
+        """End the lease, as in any pool; BusyError while a `use` of the buffer is open.
+
+        Called in the middle of another call on the pool in the same thread, as a finaliser may, it ends the lease when
+        that call returns.
+        """
         pool = self._block("released").pool()
-        with contextlib.nullcontext() if pool is None else pool._lock:
-            record = self._record
-            if record.uses:
-                raise BusyError(f"{self.spec} was released while a use of it is open: leave its with block first")
-            self.array = None  # for the base, which deletes it
-            try:
-                super().release(stream=stream)
-            except BaseException:
-                del self.array
-                raise
-            if pool is not None:
-                pool._forget(record)
+        if pool is None:
+            self._end(None, stream)
+            return
+        self._refuse_leased()
+        wrapped = None if stream is None else _cuda.as_stream(stream)
+        if pool._turns.mine:
+            pool._turns.later(functools.partial(self._end_late, pool, wrapped))
+            return
+        with pool._step("release"):
+            self._refuse_leased()
+            self._end(pool, wrapped)
+
+    def _refuse_leased(self) -> None:
+        if self._record.leases:
+            raise BusyError(f"{self.spec} was released while a use of it is open: leave its with block first")
+
+    def _end_late(self, pool: Any, stream: Any) -> None:
+        with contextlib.suppress(Exception):  # released twice meanwhile, or the driver fails: then it counts as lost
+            self._end(pool, stream)
+
+    def _end(self, pool: Any, stream: Any) -> None:
+        self.array = None  # for the base, which deletes it
+        try:
+            super().release(stream=stream)
+        except BaseException:
+            del self.array
+            raise
+        if pool is not None:
+            pool._forget(self._record)

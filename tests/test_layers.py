@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
 ORDER = (
     "errors checks config _cuda spec buckets html interop stats progress demand kernels memory entry shelves ordering "
-    "store ladder pool policies moves calibration tiered hierarchy slot sizes overflow staging arena lease graph "
+    "store ladder pool policies moves calibration turns tiered hierarchy slot sizes overflow staging arena lease graph "
     "service manager predictive factory nvtx report timeline plots testing ext traces planning pipeline info cli "
     "__main__"
 ).split()
