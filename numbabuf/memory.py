@@ -168,13 +168,19 @@ class Block:
 def same_stream(one: Any, other: Any) -> bool:
     """Return whether two `_cuda.Stream` are one stream.
 
-    A handle alone proves nothing: the driver gives a destroyed stream's handle to the next one. The default stream
-    is never destroyed.
+    A handle alone proves nothing: the driver gives a destroyed stream's handle to the next one, and that of the
+    per-thread default stream means another stream in every thread. The legacy default stream is never destroyed.
     """
-    if one is other or one.core is other.core or one.handle == other.handle == 0:
+    if one is other:
+        return True
+    if one.handle != other.handle:
+        return False
+    if one.thread is not None or other.thread is not None:
+        return one.thread is other.thread
+    if one.handle == 0 or one.core is other.core:
         return True
     owner = getattr(one.numba, "owner", None)
-    return one.handle == other.handle and owner is not None and owner is getattr(other.numba, "owner", None)
+    return owner is not None and owner is getattr(other.numba, "owner", None)
 
 
 class Ticket:
@@ -310,6 +316,8 @@ def _blocks_of(operand: Any) -> Iterator[Block]:
     if isinstance(operand, (tuple, list)):
         for part in operand:
             yield from _blocks_of(part)
+        return
+    if isinstance(operand, np.generic):  # a scalar goes by value, for all that it offers __array_interface__
         return
     if hasattr(type(operand), "address"):  # a BufferEntry
         address = operand.address

@@ -295,7 +295,8 @@ class Stream:
         self.handle = next(self.handles) if handle is None else handle
         self.core = self
         self.numba = self
-        self.destroyed = self.closed = False
+        self.destroyed = self.closed = self.elsewhere = False
+        self.thread = None
         self.waits_for = []
 
         self.idle = handle == 0

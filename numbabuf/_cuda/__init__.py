@@ -7,7 +7,7 @@ to choose the simulator. Sits below `errors` and `config`; everything else in nu
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from numba.core import config as _numba_config
 
 from ..errors import BackendError
 from . import operands
+from .thread import Lifetime, capture_here, this_thread
 
 SIM = bool(_numba_config.ENABLE_CUDASIM)
 """Whether Numba's simulator runs the kernels; fixed when numba is imported."""
@@ -27,6 +28,9 @@ else:
 
 Stream, Event, Graph, Capture = _impl.Stream, _impl.Event, _impl.Graph, _impl.Capture
 
+PER_THREAD = _impl.PER_THREAD
+"""Whether the default stream is each thread's own."""
+
 captures = _impl.captures
 """Thread -> the capture it has open, always this one dictionary: empty, and so false, nearly always; the cheapest test
 that a hot path can make."""
@@ -34,10 +38,12 @@ watch_operands = operands.watchers.append
 """Register a function that is called with each operand of a capture and returns what its graph shall keep alive."""
 
 __all__ = [
+    "PER_THREAD",
     "SIM",
     "Capture",
     "Event",
     "Graph",
+    "Lifetime",
     "Stream",
     "address",
     "as_stream",
@@ -47,6 +53,7 @@ __all__ = [
     "configure",
     "copy",
     "cuda",
+    "default_stream",
     "device_bytes",
     "device_id",
     "device_name",
@@ -59,11 +66,16 @@ __all__ = [
     "from_dlpack",
     "host_view",
     "is_capture_error",
+    "is_capturing",
+    "is_context_error",
     "is_out_of_memory",
     "launch",
     "launch_shape",
+    "lifetime",
     "memory_info",
+    "on_device",
     "one_device",
+    "refresh",
     "require",
     "settle_on_host",
     "synchronize",
@@ -78,15 +90,6 @@ _HOW_TO = (
 )
 
 
-class _Thread(threading.local):
-    ready = False
-
-
-this_thread = _Thread()
-"""`ready`: whether `require` has succeeded in this thread; a test that a hot path can afford. A CUDA context is current
-per thread, and a thread's identifier will not do: a thread that ends leaves its own to the next."""
-
-
 def require() -> None:
     """Make the device usable from this thread, once per thread.
 
@@ -99,13 +102,51 @@ def require() -> None:
     -----
     Threads: the driver wants a current context in each thread that calls it; this sets the device's primary one.
     """
-    if this_thread.ready:
+    if this_thread.ready and not this_thread.lifetime.ended:  # type: ignore[union-attr]
         return
     try:
         _impl.require()
+        this_thread.lifetime = _impl.lifetime()
     except Exception as error:
         raise BackendError(f"no CUDA device can be used ({type(error).__name__}: {error}). {_HOW_TO}") from error
     this_thread.ready = True
+
+
+def refresh() -> None:
+    """Make a context current in this thread anew: it may have none after leaving ``with cuda.gpus[i]:``."""
+    this_thread.ready = False
+    require()
+
+
+def lifetime() -> Lifetime:
+    """Return the life of the context that is current in this thread; what holds memory of it looks at `ended`.
+
+    Notes
+    -----
+    `ended` turns True when Numba closes or resets the context (``cuda.close()``), before its memory goes.
+    """
+    require()
+    return _impl.lifetime()
+
+
+def on_device(device: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context manager inside which `device` is current; None: the one that is, device 0 where none is.
+
+    Notes
+    -----
+    Cost: a driver call of less than a microsecond where the device is current already.
+    """
+    require()
+    current = _impl.current_device()
+    if current is None:
+        refresh()
+        current = _impl.current_device()
+    if device is None or device == current:
+        return _NOTHING
+    return _impl.on_device(device)  # type: ignore[no-any-return]
+
+
+_NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
 def backend() -> str:
@@ -135,7 +176,7 @@ def one_device(device: int | None, owner: Any) -> int:
 
     Notes
     -----
-    Cost: a driver call, about 5 us; not for a hot path.
+    Cost: a driver call; not for a hot path.
     """
     current = device_id()
     if device is not None and current != device:
@@ -263,6 +304,11 @@ def is_capture_error(error: BaseException) -> bool:
     return _impl.is_capture_error(error)
 
 
+def is_context_error(error: BaseException) -> bool:
+    """Return whether `error` is the driver's word for no context in this thread, or one that is gone."""
+    return _impl.is_context_error(error)
+
+
 def flush_pending_frees() -> None:
     """Carry out the frees that Numba has put off. Not during a capture: it calls cuMemFree."""
     _impl.flush_pending_frees()
@@ -283,12 +329,30 @@ def as_stream(stream: Any) -> Any:
     Raises
     ------
     TypeError
-        It is none of those.
+        It is none of those, or speaks another version of ``__cuda_stream__`` than 0.
+
+    Notes
+    -----
+    Threads: a per-thread default stream is one of the calling thread, see `Stream.thread`.
     """
     if isinstance(stream, Stream):
         return stream
     require()
     return _impl.new_stream() if stream is None else _impl.wrap_stream(stream)
+
+
+def default_stream() -> Any:
+    """Return the stream that work without a named one is on: the legacy default stream, or this thread's own.
+
+    The latter where the bindings are told so (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM=1, `PER_THREAD`).
+    """
+    require()
+    return _impl.default_stream()
+
+
+def is_capturing(stream: Any) -> bool:
+    """Return whether a `Stream` is being captured into a graph, by numbabuf or by anything else."""
+    return bool(_impl.is_capturing(stream))
 
 
 def launch(kernel: Any, grid: Any, block: Any, stream: Any, *args: Any) -> None:
@@ -329,5 +393,9 @@ def synchronize() -> None:
 
 
 def capturing() -> bool:
-    """Return whether a capture begun through this module is open on the device, in any thread."""
-    return bool(captures)
+    """Return whether this thread has a capture open that was begun through this module.
+
+    A capture in mode thread_local restricts its own thread alone (CUDA driver API,
+    cuThreadExchangeStreamCaptureMode), so that one of another thread is of no interest.
+    """
+    return capture_here(captures) is not None

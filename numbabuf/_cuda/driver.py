@@ -6,15 +6,22 @@ them when first needed, so that numbabuf can be imported where they, or a device
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from ..errors import CaptureError
+from ..errors import BackendError, CaptureError
 from .exchange import host_exporter
 from .operands import kept
+from .thread import ALLOCATION, WAIT, Lifetime, capture_here, refusal, this_thread
+
+PER_THREAD = os.environ.get("CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM", "0") not in ("", "0")
+LEGACY, PER_THREAD_HANDLE = 1, 2  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD (cuda.h)
 
 
 def require() -> None:
@@ -23,11 +30,65 @@ def require() -> None:
         from cuda.core import Device  # noqa: F401
     except ImportError:
         raise ImportError("the package numba-cuda (with cuda-core) is not installed") from None
-    cuda.current_context()
+    _watch_resets()
+    if current_device() is None:
+        # Numba remembers no context outside its own calls, so this looks at the driver and pushes one.
+        cuda.current_context()
+
+
+def current_device() -> int | None:
+    """Return the ordinal of the device whose context is current in this thread, None without one."""
+    from cuda.bindings import driver
+
+    code, device = driver.cuCtxGetDevice()
+    return int(device) if code == driver.CUresult.CUDA_SUCCESS else None
 
 
 def device_id() -> int:
-    return int(cuda.get_current_device().id)
+    found = current_device()
+    return int(cuda.get_current_device().id) if found is None else found
+
+
+@contextmanager
+def on_device(device: int) -> Any:
+    # Not `with cuda.gpus[device]`: Numba refuses to switch inside its own calls, where a finaliser may come here.
+    context = cuda.gpus[device].get_primary_context()
+    context.push()
+    try:
+        yield
+    finally:
+        context.pop()
+
+
+def lifetime() -> Lifetime:
+    extras = cuda.current_context().extras
+    found = extras.get(_LIFETIME)
+    if found is None:
+        found = extras[_LIFETIME] = Lifetime()
+    return found  # type: ignore[no-any-return]
+
+
+_LIFETIME = "numbabuf.lifetime"
+
+
+@functools.cache
+def _watch_resets() -> None:
+    """Have the objects of a context told when Numba resets it: their memory is gone then, the pinned part too.
+
+    Numba has no callback for it. `Context.reset` is what `cuda.close` and `Device.reset` come to.
+    """
+    from numba.cuda.cudadrv.driver import Context
+
+    original = Context.reset
+
+    @functools.wraps(original)
+    def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ended = self.extras.pop(_LIFETIME, None)
+        if ended is not None:
+            ended.ended = True
+        return original(self, *args, **kwargs)
+
+    Context.reset = reset
 
 
 def device_name() -> str:
@@ -101,6 +162,12 @@ def from_dlpack(tensor: Any, stream: Any) -> Any:
             f"a tensor in memory of DLPack device type {kind} was given; kernels reach {', '.join(REACHABLE.values())} "
             f"({', '.join(map(str, REACHABLE))}): copy it to the GPU first"
         )
+    number = int(tensor.__dlpack_device__()[1])
+    if kind == 2 and number != device_id():
+        raise BackendError(
+            f"a tensor of device {number} was given and device {device_id()} is current: kernels would fault on it. "
+            f"Enter `with cuda.gpus[{number}]:` (numba.cuda) first, or copy the tensor"
+        )
     # In DLPack -1 asks for no order, and the default stream's handle, 0, is written 1.
     view = StridedMemoryView.from_dlpack(tensor, -1 if stream is None else stream.handle or 1)
     dtype = np.dtype(view.dtype)
@@ -122,6 +189,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_capture_error(error: BaseException) -> bool:
     # numba-cuda and cuda.core have exception types of their own; both name the driver's error in their text
     return "STREAM_CAPTURE" in f"{getattr(error, 'code', '')!r} {error}"
+
+
+def is_context_error(error: BaseException) -> bool:
+    text = f"{getattr(error, 'code', '')!r} {error}"
+    return "CUDA_ERROR_INVALID_CONTEXT" in text or "CUDA_ERROR_CONTEXT_IS_DESTROYED" in text
 
 
 def flush_pending_frees() -> None:
@@ -161,14 +233,18 @@ class Stream:
     core
         The cuda.core stream, which graphs are launched on.
     handle : int
-        The driver's handle.
+        The driver's handle; 0 for the legacy default stream however it was named.
+    thread
+        None, or for a per-thread default stream the token of the thread whose stream it is: the same handle means
+        another stream in every thread.
     """
 
-    __slots__ = ("__weakref__", "core", "handle", "numba")
+    __slots__ = ("__weakref__", "core", "handle", "numba", "thread")
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, thread: Any = None) -> None:
         self.core = core
         self.handle = int(core.handle)
+        self.thread = thread
         self.numba = cuda.external_stream(self.handle)
         self.numba.owner = core  # whoever holds the Numba stream keeps the driver's stream alive
 
@@ -177,20 +253,31 @@ class Stream:
 
     @property
     def device(self) -> int:
-        """The ordinal of the device that runs the stream's work."""
-        return int(self.core.device.device_id)
+        """The ordinal of the device that runs the stream's work; of a default stream, the current one."""
+        return device_id() if self.handle == 0 or self.thread is not None else int(self.core.device.device_id)
 
     @property
     def closed(self) -> bool:
         """Whether the stream was closed through cuda.core; the driver may have given its handle to another by now."""
         return int(self.core.handle) != self.handle
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether this is another thread's per-thread default stream, on which this thread can queue nothing."""
+        return self.thread is not None and self.thread is not this_thread.token
+
     def synchronize(self) -> None:
         """Block until all work queued so far is done; raises what that work raised."""
-        self.core.sync()
+        if self.elsewhere:
+            cuda.synchronize()
+        else:
+            self.core.sync()
 
     def query(self) -> bool:
         """Return whether all work queued so far is done; raises what that work raised."""
+        if self.elsewhere:
+            cuda.synchronize()
+            return True
         return _query("cuStreamQuery", self.handle)
 
 
@@ -198,18 +285,64 @@ def new_stream() -> Stream:
     return Stream(_core_device().create_stream())  # non-blocking by cuda.core's default
 
 
+def default_stream() -> Stream:
+    if PER_THREAD:
+        return _own_default()
+    found = _legacy()
+    return found
+
+
+@functools.cache
+def _legacy() -> Stream:
+    from cuda.core import Stream as CoreStream
+
+    return Stream(CoreStream.from_handle(0))
+
+
+def _own_default() -> Stream:
+    """The calling thread's per-thread default stream: one object per thread."""
+    found = this_thread.default
+    if found is None:
+        from cuda.core import Stream as CoreStream
+
+        found = this_thread.default = Stream(CoreStream.from_handle(PER_THREAD_HANDLE), this_thread.token)
+    return found  # type: ignore[no-any-return]
+
+
 def wrap_stream(stream: Any) -> Stream:
     from cuda.core import Stream as CoreStream
 
-    if isinstance(stream, CoreStream):
-        return Stream(stream)
     if isinstance(stream, int) and not isinstance(stream, bool):
-        return Stream(CoreStream.from_handle(stream))
-    if not hasattr(stream, "__cuda_stream__"):
+        handle = stream
+    elif isinstance(stream, CoreStream):
+        handle = int(stream.handle)
+    elif hasattr(stream, "__cuda_stream__"):
+        version, handle = map(int, stream.__cuda_stream__()[:2])
+        if version != 0:
+            raise TypeError(
+                f"{stream!r} speaks version {version} of __cuda_stream__; version 0 is known: give its handle as an int"
+            )
+    else:
         raise TypeError(f"{stream!r} is no stream: give a Numba or cuda.core stream, or an object with __cuda_stream__")
-    wrapped = Stream(CoreStream.from_handle(int(stream.__cuda_stream__()[1])))
-    wrapped.numba.owner = stream
+    if handle == 0:
+        return default_stream()
+    if handle == LEGACY:
+        return _legacy()
+    if handle == PER_THREAD_HANDLE:
+        return _own_default()
+    wrapped = Stream(stream if isinstance(stream, CoreStream) else CoreStream.from_handle(handle))
+    if not isinstance(stream, (int, CoreStream)):
+        wrapped.numba.owner = stream
     return wrapped
+
+
+def is_capturing(stream: Stream) -> bool:
+    from cuda.bindings import driver
+
+    if stream.handle == 0 or stream.elsewhere:
+        return False  # the legacy default stream cannot be captured, and asking it ends the captures of others
+    code, status = driver.cuStreamIsCapturing(stream.handle)
+    return code == driver.CUresult.CUDA_SUCCESS and status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
 
 
 def _core_device() -> Any:
@@ -245,11 +378,17 @@ class Event:
 
     __slots__ = ("_event",)
 
-    def __init__(self) -> None:
-        self._event = cuda.event(timing=False)
+    def __init__(self, device: int | None = None) -> None:
+        if device is None or device == current_device():
+            self._event = cuda.event(timing=False)
+        else:  # the driver records an event only on streams of the context that it was made in
+            with on_device(device):
+                self._event = cuda.event(timing=False)
 
     def record(self, stream: Stream) -> None:
-        """Mark the work queued on `stream` so far."""
+        """Mark the work queued on `stream` so far; refused for another thread's per-thread default stream."""
+        if stream.elsewhere:
+            raise RuntimeError("a per-thread default stream can be recorded by its own thread alone")
         self._event.record(stream.numba)
 
     def query(self) -> bool:
@@ -262,6 +401,8 @@ class Event:
 
     def wait(self, stream: Stream) -> None:
         """Make later work on `stream` wait for the marked work; the host does not wait."""
+        if stream.elsewhere:
+            raise RuntimeError("a per-thread default stream can be made to wait by its own thread alone")
         self._event.wait(stream.numba)
 
 
@@ -269,7 +410,7 @@ class Event:
 
 _capture_lock = threading.Lock()
 captures: dict[int, Capture] = {}  # thread -> the capture it has open
-_originals: dict[tuple[type, str], Any] = {}
+_originals: dict[tuple[Any, str], Any] = {}
 
 
 class Graph:
@@ -303,8 +444,11 @@ class Capture:
     capture are refused: they would run at once and be missing from every replay.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, *, dry: bool = False) -> None:
         self.stream = stream
+        self.dry = dry
+        self.token: Any = None
+        self._thread = 0
         self._operands: list[Any] = []
         self._builder: Any = None
         self._deferral: Any = None
@@ -312,22 +456,29 @@ class Capture:
     def begin(self) -> None:
         thread = threading.get_ident()
         with _capture_lock:
-            if thread in captures:
+            if capture_here(captures) is not None:
                 raise CaptureError("this thread already has a capture open: end it before beginning another")
             _hook()
+            self._thread, self.token = thread, this_thread.token
             captures[thread] = self
         try:
             self._deferral = cuda.defer_cleanup()
             self._deferral.__enter__()
             self._builder = self.stream.core.create_graph_builder()
-            # thread_local: another thread may go on allocating and synchronising, this one may not (CUDA driver API,
-            # cuThreadExchangeStreamCaptureMode).
-            self._builder.begin_building("thread_local")
+            # thread_local: another thread may go on allocating and synchronising, this one may not. relaxed: this one
+            # may load code, too (CUDA driver API, cuThreadExchangeStreamCaptureMode).
+            self._builder.begin_building("relaxed" if self.dry else "thread_local")
         except BaseException:
             self._leave()
             raise
 
     def end(self) -> Graph:
+        if self.token is not this_thread.token:
+            self.abort()
+            raise CaptureError(
+                "a capture was ended in another thread than it was begun in, which the driver refuses: leave its block "
+                "in the thread that entered it. Nothing was captured"
+            )
         operands = self._operands
         try:
             executable = self._builder.end_building().complete()
@@ -341,9 +492,14 @@ class Capture:
         return Graph(executable, operands)
 
     def abort(self) -> None:
-        """Give the capture up and leave the stream usable."""
+        """Give the capture up; the stream is usable again, but for one that is given up in another thread.
+
+        The driver ends a capture in its own thread alone, and that one may be gone: `is_capturing` tells that the
+        stream is lost, and its owner takes another.
+        """
         try:
-            self._builder.end_building()
+            if self._builder is not None:
+                self._builder.end_building()
         except Exception:  # an invalidated capture reports itself here; the stream has left capture mode either way
             pass
         finally:
@@ -352,12 +508,16 @@ class Capture:
     def _leave(self) -> None:
         self._operands = []  # the graph's alone from here on: closing it lets them go
         with _capture_lock:
-            captures.pop(threading.get_ident(), None)
+            # By the thread that began it: a capture may be dropped in another, and a later thread may have its number.
+            if captures.get(self._thread) is self:
+                del captures[self._thread]
             if not captures:
                 _unhook()
         builder, self._builder = self._builder, None
         deferral, self._deferral = self._deferral, None
         try:
+            # Closed here and now: a builder of an invalidated capture that is dropped later ends the next capture on
+            # its stream.
             if builder is not None:
                 builder.close()
         except Exception:  # an invalidated capture reports itself once more
@@ -385,46 +545,72 @@ class Capture:
 
 
 def _hook() -> None:
-    """Make Numba's launches and copies tell the open captures about their operands.
+    """Make Numba's launches and copies tell the open captures about their operands, and refuse what none can hold.
 
     Neither the driver nor cuda.core refers to the Python objects behind a kernel's arguments, and Numba has no
-    callback that sees them, so the three functions that queue work are wrapped while a capture is open.
+    callback that sees them, so the functions that queue work are wrapped while a capture is open. What allocates or
+    waits is refused before the driver is asked: its own refusal would end the capture.
     """
     if _originals:
         return
+    from numba.cuda.cudadrv import driver as numba_driver
     from numba.cuda.cudadrv.devicearray import DeviceNDArrayBase
     from numba.cuda.dispatcher import CUDADispatcher
 
     launch = CUDADispatcher.call
 
-    def call(self: Any, args: Any, launch_config: Any) -> Any:
-        capture = captures.get(threading.get_ident())
+    def call(self: Any, args: Any, *configuration: Any, **options: Any) -> Any:
+        capture = capture_here(captures)
         if capture is not None:
-            capture.check(launch_config.stream, f"kernel {self.py_func.__name__}")
+            # numba-cuda 0.30 gives one object, earlier ones give grid, block, stream and shared memory
+            given = (*configuration, *options.values())
+            stream = given[0].stream if hasattr(given[0], "stream") else given[2]
+            capture.check(stream, f"kernel {self.py_func.__name__}")
             capture.keep(args)
-        return launch(self, args, launch_config)
+        return launch(self, args, *configuration, **options)
 
-    def wrap_copy(name: str) -> Any:
-        original = getattr(DeviceNDArrayBase, name)
+    def wrap_copy(owner: Any, name: str, *, into_nothing: bool) -> Any:
+        original = getattr(owner, name)
 
-        def copy(self: Any, ary: Any = None, stream: Any = 0) -> Any:
-            capture = captures.get(threading.get_ident())
-            if capture is None:
-                return original(self, ary, stream=stream)
-            capture.check(stream, name)
-            if ary is None:
-                raise CaptureError(f"{name} without a target cannot be captured: give it a pinned array to write to")
-            capture.keep((self, ary))
-            return original(self, ary, stream=stream)
+        def copy(target: Any, source: Any = None, *rest: Any, **options: Any) -> Any:
+            capture = capture_here(captures)
+            if capture is not None:
+                stream = options.get("stream", rest[-1] if len(rest) == (1 if into_nothing else 2) else 0)
+                capture.check(stream, name)
+                if source is None:
+                    raise CaptureError(
+                        f"{name} without a target cannot be captured: give it a pinned array to write to"
+                    )
+                capture.keep((target, source))
+            return original(target, source, *rest, **options)
 
         return copy
 
+    def wrap_refusal(owner: Any, name: str, what: str, remedy: str) -> Any:
+        original = getattr(owner, name)
+
+        def refuse(*args: Any, **options: Any) -> Any:
+            if capture_here(captures) is not None:
+                raise CaptureError(refusal(what, remedy))
+            return original(*args, **options)
+
+        return refuse
+
     _replace(CUDADispatcher, "call", call)
     for name in ("copy_to_device", "copy_to_host"):
-        _replace(DeviceNDArrayBase, name, wrap_copy(name))
+        _replace(DeviceNDArrayBase, name, wrap_copy(DeviceNDArrayBase, name, into_nothing=True))
+    for name in ("device_to_device", "device_memset"):
+        _replace(numba_driver, name, wrap_copy(numba_driver, name, into_nothing=False))
+    for owner, name in (
+        (numba_driver.Context, "memalloc"), (numba_driver.Context, "memhostalloc"),
+        (numba_driver.Context, "memallocmanaged"), (numba_driver.Context, "mempin"),
+    ):  # fmt: skip
+        _replace(owner, name, wrap_refusal(owner, name, *ALLOCATION))
+    for owner in (numba_driver.Context, numba_driver.Stream, numba_driver.Event):
+        _replace(owner, "synchronize", wrap_refusal(owner, "synchronize", *WAIT))
 
 
-def _replace(owner: type, name: str, function: Any) -> None:
+def _replace(owner: Any, name: str, function: Any) -> None:
     _originals[owner, name] = getattr(owner, name)
     setattr(owner, name, function)
 

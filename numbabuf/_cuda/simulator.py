@@ -7,6 +7,8 @@ launch's configuration on the kernel itself and runs one kernel at a time, so on
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from typing import Any
 
@@ -18,6 +20,9 @@ from numba.cuda.simulator.kernel import FakeCUDAKernel
 from ..errors import CaptureError
 from .exchange import host_exporter
 from .operands import kept
+from .thread import ALLOCATION, WAIT, WRITE, Lifetime, capture_here, refusal, this_thread
+
+PER_THREAD = False
 
 _lock = threading.RLock()
 captures: dict[int, Capture] = {}  # thread -> the capture it has open
@@ -31,6 +36,21 @@ def require() -> None:
 
 def device_id() -> int:
     return 0
+
+
+def current_device() -> int | None:
+    return 0
+
+
+def on_device(device: int) -> Any:
+    return contextlib.nullcontext()
+
+
+_life = Lifetime()
+
+
+def lifetime() -> Lifetime:
+    return _life
 
 
 def device_name() -> str:
@@ -79,6 +99,10 @@ def is_capture_error(error: BaseException) -> bool:
     return False
 
 
+def is_context_error(error: BaseException) -> bool:
+    return False
+
+
 def flush_pending_frees() -> None:
     """Nothing is put off here."""
 
@@ -100,13 +124,16 @@ class _RecordingStream(_NumbaStream):  # type: ignore[misc, valid-type]
 class Stream:
     """A stream, in the same three forms as the driver's backend has; here all work on it is done at once."""
 
-    __slots__ = ("__weakref__", "closed", "core", "handle", "numba")
+    __slots__ = ("__weakref__", "closed", "core", "handle", "numba", "thread")
+
+    elsewhere = False
 
     def __init__(self, numba: Any) -> None:
         self.numba = numba
         self.core = self
         self.handle = id(numba)
         self.closed = False
+        self.thread = None
 
     @property
     def device(self) -> int:
@@ -125,9 +152,22 @@ def new_stream() -> Stream:
     return Stream(_RecordingStream())
 
 
+def default_stream() -> Stream:
+    return wrap_stream(0)
+
+
+def is_capturing(stream: Stream) -> bool:
+    return getattr(stream.numba, "capture", None) is not None
+
+
 def wrap_stream(stream: Any) -> Stream:
     if isinstance(stream, _RecordingStream):
         return Stream(stream)
+    if hasattr(stream, "__cuda_stream__") and int(stream.__cuda_stream__()[0]) != 0:
+        raise TypeError(
+            f"{stream!r} speaks version {stream.__cuda_stream__()[0]} of __cuda_stream__; version 0 is known: give its "
+            "handle as an int"
+        )
     if isinstance(stream, _NumbaStream) or hasattr(stream, "__cuda_stream__") or stream == 0:
         wrapped = new_stream()
         wrapped.numba.owner = stream  # one user stream, wrapped twice, is still told to be one: same handle and owner
@@ -145,6 +185,9 @@ class Event:
     """An event; recorded work is always done already."""
 
     __slots__ = ()
+
+    def __init__(self, device: int | None = None) -> None:
+        """There is one device."""
 
     def record(self, stream: Stream) -> None:
         """Nothing to mark."""
@@ -184,21 +227,30 @@ class Graph:
 class Capture:
     """Records what is queued on one stream instead of running it: `begin`, launches, then `end` or `abort`."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, *, dry: bool = False) -> None:
         self.stream = stream
+        self.dry = dry
+        self.token: Any = None
+        self._thread = 0
         self._tape: list[Any] = []
         self._operands: list[Any] = []
 
     def begin(self) -> None:
-        thread = threading.get_ident()
-        if thread in captures:
+        if capture_here(captures) is not None:
             raise CaptureError("this thread already has a capture open: end it before beginning another")
         if self.stream.numba.capture is not None:
             raise CaptureError("a capture is already open on this stream")
-        captures[thread] = self
+        self._thread, self.token = threading.get_ident(), this_thread.token
+        captures[self._thread] = self
         self.stream.numba.capture = self
 
     def end(self) -> Graph:
+        if self.token is not this_thread.token:
+            self.abort()
+            raise CaptureError(
+                "a capture was ended in another thread than it was begun in, which the driver refuses: leave its block "
+                "in the thread that entered it. Nothing was captured"
+            )
         tape, operands = self._tape, self._operands
         self._leave()
         return Graph(tape, operands)
@@ -209,7 +261,8 @@ class Capture:
 
     def _leave(self) -> None:
         self._tape, self._operands = [], []  # the graph's alone from here on: closing it lets them go
-        captures.pop(threading.get_ident(), None)
+        if captures.get(self._thread) is self:  # dropped in another thread, it is still that of the one that began it
+            del captures[self._thread]
         self.stream.numba.capture = None
 
     def keep(self, operand: Any) -> None:
@@ -225,7 +278,7 @@ class Capture:
 def _recorder(stream: Any, what: str) -> Capture | None:
     """Return the capture that `stream` is part of; refuse work that this thread's capture would miss."""
     capture: Capture | None = getattr(stream, "capture", None)
-    if capture is None and threading.get_ident() in captures:
+    if capture is None and capture_here(captures) is not None:
         raise CaptureError(
             f"{what} was queued on another stream while a graph is captured, so that no replay would run it: "
             f"give it the step's stream"
@@ -248,6 +301,7 @@ class _Launch:
     def __call__(self, *args: Any) -> None:
         stream = self._configuration[2] if len(self._configuration) > 2 else 0
         capture = _recorder(stream, f"kernel {self._kernel.fn.__name__}")
+        given, args = args, tuple(map(_as_argument, args))
         if capture is None:
             self._run(args)
             return
@@ -255,10 +309,30 @@ class _Launch:
             raise CaptureError(
                 f"kernel {self._kernel.fn.__name__} was given a NumPy array inside a capture: give it a device array"
             )
-        capture.record(lambda: self._run(args), args)
+        capture.record(lambda: self._run(args), given)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernel, name)
+
+
+def _as_argument(value: Any) -> Any:
+    """Return a kernel argument as the simulator knows it: what offers __cuda_array_interface__ is an array on a GPU."""
+    if isinstance(value, tuple):
+        parts = [_as_argument(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, (FakeCUDAArray, np.ndarray, np.generic)) or not hasattr(value, "__cuda_array_interface__"):
+        return value
+    found = value.__cuda_array_interface__
+    dtype = np.dtype(found.get("descr") or found["typestr"])
+    if dtype.itemsize != np.dtype(found["typestr"]).itemsize or dtype.names == ("f0",):
+        dtype = np.dtype(found["typestr"])
+    strides = found.get("strides")
+    span = sum((n - 1) * abs(s) for n, s in zip(found["shape"], strides or ())) if strides else 0
+    nbytes = dtype.itemsize * (1 if strides else int(np.prod(found["shape"], dtype=np.int64))) + span
+    if not nbytes:
+        return FakeCUDAArray(np.empty(found["shape"], dtype))
+    memory = (ctypes.c_uint8 * nbytes).from_address(found["data"][0])
+    return FakeCUDAArray(np.ndarray(found["shape"], dtype, buffer=memory, strides=strides))
 
 
 _set_configuration = FakeCUDAKernel.__getitem__
@@ -278,7 +352,8 @@ def _install() -> None:
     def copy_to_device(self: Any, ary: Any, stream: Any = 0) -> None:
         capture = _recorder(stream, "copy_to_device")
         if capture is None:
-            _copy_to_device(self, ary)
+            if self._ary.size or np.size(getattr(ary, "_ary", ary)):  # NumPy cannot compare the strides of nothing
+                _copy_to_device(self, ary)
         else:
             capture.record(lambda: _copy_to_device(self, ary), (self, ary))
 
@@ -291,6 +366,28 @@ def _install() -> None:
         capture.record(lambda: _copy_to_host(self, ary), (self, ary))
         return ary
 
+    def refusing(original: Any, what: str, remedy: str) -> Any:
+        def refuse(*args: Any, **options: Any) -> Any:
+            if capture_here(captures) is not None:
+                raise CaptureError(refusal(what, remedy))
+            return original(*args, **options)
+
+        return refuse
+
+    def close() -> None:
+        global _life
+        _life.ended, _life = True, Lifetime()
+        _close()
+
+    _close = cuda.close
+    cuda.close = close
+    for name in ("device_array", "device_array_like", "to_device", "pinned_array", "pinned_array_like", "mapped_array"):
+        if hasattr(cuda, name):
+            setattr(cuda, name, refusing(getattr(cuda, name), *ALLOCATION))
+    cuda.synchronize = refusing(cuda.synchronize, *WAIT)
+    for kind in (_NumbaStream, cuda.event):
+        kind.synchronize = refusing(kind.synchronize, *WAIT)
+    FakeCUDAArray.__setitem__ = refusing(FakeCUDAArray.__setitem__, *WRITE)
     FakeCUDAKernel.__getitem__ = lambda self, configuration: _Launch(self, configuration)
     FakeCUDAArray.copy_to_device = copy_to_device
     FakeCUDAArray.copy_to_host = copy_to_host
