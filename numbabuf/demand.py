@@ -2,15 +2,19 @@
 
 `DemandModel` is a moving window of observed sizes with a small learner on top; `Demands` holds one for each
 axis. NumPy only: this module knows no pool, no device and no graph, so that a whole trace runs through it
-alone. It imports nothing of the package but `html` and `checks`; `buckets.plan` reads a model's `histogram()`, and
-`predictive` turns forecasts into warm buffers and graphs.
+alone. It imports nothing of the package but `html`, `checks`, `errors` and `files`; `buckets.plan` reads a model's
+`histogram()`, and `predictive` turns forecasts into warm buffers and graphs.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import os
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import html
+from . import files, html
 from .checks import whole_number
+from .errors import BusyError
 
 __all__ = ["DemandModel", "Demands", "Forecast"]
 
@@ -28,6 +33,18 @@ Ints = NDArray[np.int64]
 MAX_SIZE = 1 << 40
 """Largest size that can be observed; more than that is a damaged number and not a shape."""
 
+
+MAX_WINDOW = 1 << 20
+"""Longest window of a model."""
+
+MAX_CELLS = 1 << 18
+"""Most buckets times steps ahead (``warm_steps + 8``) that a learner keeps in view, at 64 bytes each."""
+
+LEARNED = 1 << 16
+"""Observations, the newest, that a new model learns from: about two seconds; the window may be longer."""
+
+RELEARNED = 1 << 10
+"""Those learned again when demand outgrows the buckets; once a doubling, whatever the window."""
 
 NEVER = 1 << 60
 """A step that does not come."""
@@ -42,19 +59,44 @@ class Forecast(NamedTuple):
     """Estimated probability, in [0, 1], that it is used within the model's ``horizon`` steps."""
 
 
+class _Turn:
+    """One thread at a time; a thread that is inside already is refused rather than let in, or left waiting for itself.
+
+    It is a signal handler, or a clock, that comes back so, in the middle of an update.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+
+    def _renew(self) -> None:
+        self._lock, self._inside, self._pid = threading.Lock(), 0, os.getpid()
+
+    def __enter__(self) -> None:
+        if self._pid != os.getpid():  # a fork in another thread's turn, which does not go on in the child
+            self._renew()
+        if self._inside == threading.get_ident():
+            raise BusyError("this thread is in a call of the demand model already: call it when that has returned")
+        self._lock.acquire()
+        self._inside = threading.get_ident()
+
+    def __exit__(self, *exc: object) -> None:
+        self._inside = 0
+        self._lock.release()
+
+
 class DemandModel:
     """A moving window of the demand on one axis, and a forecast of what it asks for next.
 
     Parameters
     ----------
     window : int
-        Observations kept. Estimates forget over a quarter of it.
+        Observations kept, 1 to 2**20. Estimates forget over a quarter of it.
     buckets : sequence of int, optional
         Sizes that a forecast may name, increasing. An observed size counts for the smallest bucket that holds
         it, one above them all for the largest. By default four sizes a doubling, as far up as demand has
         reached.
     warm_steps : int
-        Steps from asking for a size to having it ready: the time of a warm-up over the time of a step.
+        Steps from asking for a size to having it ready: the time of a warm-up over the time of a step; 1 to 1024.
     clock : callable returning float
         Time stamps of the observations, in seconds. `merge` keeps the newest, so workers on several machines
         need one wall clock.
@@ -65,8 +107,12 @@ class DemandModel:
     Notes
     -----
     The window is the whole state: `save` writes it, `merge` unites it, and what was learned is learned again
-    from it. Not thread-safe: one owner at a time. `observe` with `forecast` costs some tens of microseconds
-    (``python -m benchmarks prediction``).
+    from its newest 65,536 observations.
+    Cost: `observe` with `forecast` takes some tens of microseconds (``python -m benchmarks prediction``), whatever the
+    window. A size above all buckets, where these are not given, adds buckets and learns the newest 1,024
+    observations again; that happens once a doubling.
+    Threads: any thread may call any method, one at a time; `save`, `seen` and `histogram` read one moment of the
+    window. A model serves one manager, see `claim`.
 
     Examples
     --------
@@ -86,13 +132,18 @@ class DemandModel:
         clock: Callable[[], float] = time.time,
         seen: Iterable[tuple[float, int]] = (),
     ) -> None:
-        self.window = whole_number("window", window, least=1, most=1 << 24)
+        self.window = whole_number("window", window, least=1, most=MAX_WINDOW)
         self.warm_steps = whole_number("warm_steps", warm_steps, least=1, most=1024)
         self._fixed = buckets is not None
         self._clock = clock
+        self._turn = _Turn()
+        self._owner: weakref.ref[Any] | None = None
         self._seen: deque[tuple[float, int]] = deque((_observation(*pair) for pair in seen), self.window)
         largest = max((size for _, size in self._seen), default=1)
-        self._learn(_four_per_doubling(largest) if buckets is None else _increasing(buckets))
+        self._learn(_four_per_doubling(largest) if buckets is None else _increasing(buckets), LEARNED)
+
+    def __reduce__(self) -> Any:
+        return _remade, (self.settings, self._clock, self.seen)
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -119,7 +170,8 @@ class DemandModel:
     @property
     def seen(self) -> tuple[tuple[float, int], ...]:
         """The observations in the window, (seconds, size) each, in the order in which they came."""
-        return tuple(self._seen)
+        with self._turn:
+            return tuple(self._seen)
 
     @property
     def horizon(self) -> int:
@@ -135,11 +187,35 @@ class DemandModel:
             If ``size`` is not a whole number from 1 to 2**40, or the clock gives no finite number.
         """
         now, size = _observation(self._clock(), size)
-        self._seen.append((now, size))
-        if size > self._buckets[-1] and not self._fixed:
-            self._learn(_four_per_doubling(size))  # the window is learned again, this step with it
-        else:
-            self._learner.observe(self._index(size))
+        with self._turn:
+            self._seen.append((now, size))
+            if size > self._buckets[-1] and not self._fixed:
+                self._learn(_four_per_doubling(size), RELEARNED)  # this step with them
+            else:
+                self._learner.observe(self._index(size))
+
+    def claim(self, owner: object) -> None:
+        """Make the model `owner`'s, until `let_go`, or until there is no owner any more.
+
+        Raises
+        ------
+        BusyError
+            It is another's: two managers would take each other's steps and forecasts for their own.
+        """
+        with self._turn:
+            other = self._owner and self._owner()
+            if other is not None and other is not owner:
+                raise BusyError(
+                    f"the demand model is that of {other!r}: close that one first, or give this one a copy, "
+                    "DemandModel(**model.settings, seen=model.seen)"
+                )
+            self._owner = weakref.ref(owner)
+
+    def let_go(self, owner: object) -> None:
+        """End what `claim` began; nothing where the model is not `owner`'s."""
+        with self._turn:
+            if self._owner is not None and self._owner() is owner:
+                self._owner = None
 
     def forecast(self, k: int) -> tuple[Forecast, ...]:
         """Return the ``k`` sizes to hold ready, those that promise most hits for their room first.
@@ -151,13 +227,15 @@ class DemandModel:
         A model takes it that its last forecast is followed: what that named is warm or warming, and is kept
         rather than dropped for a little more, since anything new has to be warmed first.
         """
-        chosen, probability = self._learner.forecast(whole_number("k", k, least=1, most=1 << 24))
-        buckets = self._buckets
+        k = whole_number("k", k, least=1, most=1 << 24)
+        with self._turn:
+            chosen, probability = self._learner.forecast(k)
+            buckets = self._buckets
         return tuple(Forecast(buckets[i], p) for i, p in zip(chosen, probability, strict=True))
 
     def histogram(self) -> tuple[Ints, Ints]:
         """Return the sizes in the window, increasing, and how often each was observed."""
-        sizes, counts = np.unique(np.array([size for _, size in self._seen], np.int64), return_counts=True)
+        sizes, counts = np.unique(np.array([size for _, size in self.seen], np.int64), return_counts=True)
         return sizes, counts.astype(np.int64)
 
     @classmethod
@@ -183,7 +261,7 @@ class DemandModel:
                     f"only models of equal window, warm_steps and buckets can be merged; found "
                     f"{first.settings} and {other.settings}: make them alike"
                 )
-        seen = sorted(pair for model in models for pair in model._seen)
+        seen = sorted(pair for model in models for pair in model.seen)
         return cls(**first.settings, clock=first._clock, seen=seen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,16 +275,20 @@ class DemandModel:
         Raises
         ------
         ValueError
-            If the file is not one, is damaged, or holds what no model can hold. Nothing in it is executed.
+            If the file is not one, is damaged, holds what no model can hold, or expands to more than
+            `files.allowance`. Nothing in it is executed.
+        OSError
+            If it cannot be read.
         """
         return _parse(path, lambda fields: cls._read(fields, clock))
 
     def _fields(self) -> dict[str, NDArray[Any]]:
+        seen = self.seen  # one moment of a window that other threads go on filling
         return {
             "format": np.array([1, self.window, self.warm_steps]),
             "buckets": np.array(self._buckets if self._fixed else (), np.int64),
-            "times": np.array([at for at, _ in self._seen], np.float64),
-            "sizes": np.array([size for _, size in self._seen], np.int64),
+            "times": np.array([at for at, _ in seen], np.float64),
+            "sizes": np.array([size for _, size in seen], np.int64),
         }
 
     @classmethod
@@ -234,11 +316,18 @@ class DemandModel:
                 self._at[size] = found
         return found
 
-    def _learn(self, buckets: tuple[int, ...]) -> None:
+    def _learn(self, buckets: tuple[int, ...], newest: int) -> None:
+        """Begin anew with these buckets, from the newest observations."""
+        cells = len(buckets) * (self.warm_steps + 8)
+        if cells > MAX_CELLS:
+            raise ValueError(
+                f"{len(buckets)} buckets and warm_steps {self.warm_steps}: give at most "
+                f"{MAX_CELLS // (self.warm_steps + 8)} buckets, or fewer steps"
+            )
         self._buckets = buckets
         self._at: dict[int, int] = {}
         self._learner = _Learner(len(buckets), self.window, self.warm_steps)
-        for _, size in self._seen:
+        for _, size in itertools.islice(self._seen, max(0, len(self._seen) - newest), None):
             self._learner.observe(self._index(size))
 
 
@@ -491,23 +580,25 @@ def _increasing(buckets: Iterable[int]) -> tuple[int, ...]:
     return sizes
 
 
+def _remade(settings: dict[str, Any], clock: Callable[[], float], seen: Iterable[tuple[float, int]]) -> DemandModel:
+    return DemandModel(**settings, clock=clock, seen=seen)
+
+
 def _write(path: str | os.PathLike[str], fields: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays beside ``path`` and move them there, so that a reader sees the old file or the new one."""
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            np.savez_compressed(file, **dict(fields))  # type: ignore[arg-type]
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    """Write arrays to ``path``, so that a reader sees the old file or the new one."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **dict(fields))  # type: ignore[arg-type]
+    files.replace(path, file.getvalue())
 
 
 def _parse(path: str | os.PathLike[str], read: Callable[[Mapping[str, NDArray[Any]]], Any]) -> Any:
     """Return ``read`` of the arrays in a file, and any fault in either as one ValueError."""
-    with open(path, "rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as found:
-                return read({name: found[name] for name in found.files})
-        except Exception as error:  # a damaged archive raises a dozen kinds, RuntimeError among them
-            raise ValueError(f"{os.fspath(path)} holds no saved demand ({error}): save it again") from error
+    try:
+        data = files.read_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} cannot be read: {error}") from None
+    try:
+        return read(files.read_arrays(data))
+    except Exception as error:  # a damaged archive raises a dozen kinds, RuntimeError among them
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+    raise ValueError(f"{os.fspath(path)} holds no saved demand ({why}): save it again")

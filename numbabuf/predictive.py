@@ -71,7 +71,7 @@ class PredictiveBufferManager(InputBufferManager):
     cost : buckets.Cost, optional
         What the planned list makes least: padded work by default.
     demand : DemandModel, optional
-        A model to go on with, for instance one that another worker saved.
+        A model to go on with, for instance one that another worker saved. It is this manager's until that is closed.
     clock : callable returning float
         Seconds, for the budgets and the account.
     **options
@@ -147,6 +147,11 @@ class PredictiveBufferManager(InputBufferManager):
         self._worker: threading.Thread | None = None
         self._stopping = threading.Event()
         self.observer = self._recent.append
+        try:
+            self._demand.claim(self)  # last: a manager that could not be made owns nothing
+        except BusyError:
+            self.close()
+            raise
 
     # ---------------------------------------------------------------------------------------------------- demand
 
@@ -165,17 +170,25 @@ class PredictiveBufferManager(InputBufferManager):
         ----------
         demand : DemandModel
             From now on the manager's, which observes its steps.
+
+        Raises
+        ------
+        BusyError
+            It is another manager's; nothing has changed.
         """
         if not isinstance(demand, DemandModel):
             raise TypeError(f"demand is {demand!r}: give a DemandModel")
         refitter = buckets.Refitter(self.max_graphs, max_size=self.max_size, cost=self._cost, window=demand.window)
         with self._learned():
+            demand.claim(self)
             refitter.sizes = self._refitter.sizes
             for _, size in demand.seen:
                 refitter.observe(size)
             refitter.refit()
             refitter.refits += self._refitter.refits
-            self._demand, self._refitter = demand, refitter
+            before, self._demand, self._refitter = self._demand, demand, refitter
+            if before is not demand:
+                before.let_go(self)
 
     def record_usage(self, num_tokens: int) -> None:
         """Count a step of `num_tokens` that did not run through this manager; its own steps are counted by themselves.
@@ -497,6 +510,7 @@ class PredictiveBufferManager(InputBufferManager):
             self._check_no_capture()  # before the thread is stopped: what is refused changes nothing
         self.stop()
         super().close()
+        self._demand.let_go(self)
 
     def _disown(self) -> None:
         super()._disown()

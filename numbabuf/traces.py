@@ -8,7 +8,6 @@ no slot and no manager, and it may not import them. It sits below `errors` and a
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import math
@@ -20,17 +19,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import files
 from .errors import TraceError
 
 __all__ = [
     "MAX_ARRIVAL_MS",
     "MAX_REQUEST_TOKENS",
+    "MAX_STEP_SEQS",
     "RequestTrace",
     "Step",
     "StepTrace",
@@ -42,8 +42,14 @@ __all__ = [
 MAX_REQUEST_TOKENS = 100_000_000
 """Largest prompt, output or step that a trace may state; more than that is a damaged row, not a request."""
 
+MAX_STEP_SEQS = 1_000_000
+"""Most sequences that a row of a step trace may state."""
+
 MAX_ARRIVAL_MS = 1e13
 """Latest arrival that a trace may state: 317 years of milliseconds, so that times since 1970 fit too."""
+
+GZIP = b"\x1f\x8b"
+"""How gzip-compressed data begins."""
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -460,7 +466,8 @@ def read_trace(path: str | os.PathLike[str]) -> RequestTrace | StepTrace:
     ``TIMESTAMP, ContextTokens, GeneratedTokens`` (Azure; date and time), ``timestamp, input_length,
     output_length`` (Mooncake; milliseconds) or ``arrival_ms, prompt, output``; NPZ also with ``num_tokens,
     num_seqs`` and, if there, ``decode_seqs``, one row a step. Further columns are left alone. Rows out of
-    order are sorted by arrival (stable) and counted; the first arrival becomes 0.
+    order are sorted by arrival (stable) and counted; the first arrival becomes 0. A file holds at most 1 GiB, and
+    compressed data expands to at most 64 MiB or 100 times its size, see `files.allowance`.
 
     Parameters
     ----------
@@ -487,18 +494,21 @@ def _fail(name: str, line: int | None, reason: str) -> TraceError:
 
 def _contents(name: str) -> bytes:
     try:
-        data = Path(name).read_bytes()
+        data = files.read_regular(name)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise _fail(name, None, f"cannot be read: {reason}") from None
-    if not data.startswith(b"\x1f\x8b"):
+    if not data.startswith(GZIP):
         if name.endswith(".gz"):
             raise _fail(name, None, "cannot be decompressed: not a gzip file")
         return data
     try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        data = files.expand(data)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise _fail(name, None, f"cannot be decompressed: {error}") from None
+    if data.startswith(GZIP):
+        raise _fail(name, None, "compressed twice: decompress it once")
+    return data
 
 
 def _text(name: str, data: bytes) -> str:
@@ -589,15 +599,13 @@ def _request_trace(name: str, arrival: Floats, prompt: Ints, output: Ints) -> Re
 
 def _read_npz(name: str, data: bytes) -> RequestTrace | StepTrace:
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            wanted = {*_STEP_COLUMNS, "decode_seqs"}.union(*(known[:3] for known in _FORMATS))
-            arrays = {key: archive[key] for key in archive.files if key in wanted}
-            files = archive.files
+        wanted = {*_STEP_COLUMNS, "decode_seqs"}.union(*(known[:3] for known in _FORMATS))
+        arrays = files.read_arrays(data, wanted)
     except Exception as error:  # damage anywhere in it: zipfile, zlib, numpy and tokenize errors
         raise _fail(name, None, f"cannot be read as NPZ: {str(error) or type(error).__name__}") from None
     if all(column in arrays for column in _STEP_COLUMNS):
         return _step_trace(name, arrays)
-    known = _format(name, None, files)
+    known = _format(name, None, files.array_names(data))
     if known.read_arrival is _date_time:
         raise _fail(name, None, "arrays TIMESTAMP are not read; give arrival_ms, prompt, output")
     arrival = _array(name, arrays, known.arrival, 0, MAX_ARRIVAL_MS, whole=False)
@@ -607,7 +615,10 @@ def _read_npz(name: str, data: bytes) -> RequestTrace | StepTrace:
 
 
 def _step_trace(name: str, arrays: dict[str, NDArray[Any]]) -> StepTrace:
-    tokens, seqs = (_array(name, arrays, column, 1, MAX_REQUEST_TOKENS).astype(np.int64) for column in _STEP_COLUMNS)
+    tokens, seqs = (
+        _array(name, arrays, column, 1, most).astype(np.int64)
+        for column, most in zip(_STEP_COLUMNS, (MAX_REQUEST_TOKENS, MAX_STEP_SEQS), strict=True)
+    )
     if not tokens.size:
         raise _fail(name, None, "holds no step")
     if seqs.size != tokens.size:

@@ -1,7 +1,10 @@
 """The demand model: its window against a naive twin, what it learns, merging, and files good and bad."""
 
+import copy
+import gc
 import itertools
 import os
+import pickle
 import random
 
 import numpy as np
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 
 from numbabuf import demand
 from numbabuf.demand import DemandModel, Demands
+from numbabuf.errors import BusyError
 
 SIZES = st.lists(st.integers(1, 3000), max_size=60)
 BAD_SIZES = [
@@ -275,6 +279,66 @@ def test_estimates_stay_numbers_under_any_demand():
         learner.observe(b)
     assert np.isfinite(learner._weight).all()
     assert np.isfinite(learner._estimates).all()
+
+
+@pytest.mark.parametrize("window", [64, 2048, 1 << 16])
+def test_a_size_beyond_all_buckets_costs_the_same_whatever_the_window(monkeypatch, window):
+    model = DemandModel(window, seen=[(0.0, 3)] * window)
+    learned = []
+    observe = demand._Learner.observe
+    monkeypatch.setattr(demand._Learner, "observe", lambda self, b: (learned.append(b), observe(self, b)))
+    costs = []
+    for size in (40, 39, 1000, 999, 1 << 30):
+        learned.clear()
+        model.observe(size)
+        costs.append(len(learned))
+    most = min(window, demand.RELEARNED)
+    assert costs == [most, 1, most, 1, most]
+    assert model.buckets[-1] == 1 << 30 and len(model.forecast(3)) == 3
+
+
+def test_a_call_from_within_a_call_of_the_same_thread_is_refused(monkeypatch):
+    """As a signal handler makes it, in the middle of an update."""
+    model, refused = DemandModel(8), []
+    observe = demand._Learner.observe
+
+    def interrupted(self, b):
+        for call in (lambda: model.observe(4), lambda: model.forecast(1), model.histogram):
+            with pytest.raises(BusyError, match="in a call of the demand model"):
+                call()
+            refused.append(call)
+        observe(self, b)
+
+    monkeypatch.setattr(demand._Learner, "observe", interrupted)
+    model.observe(3)
+    assert len(refused) == 3 and [size for _, size in model.seen] == [3]
+
+
+def test_a_model_can_be_copied_and_pickled():
+    model = feed(DemandModel(16, buckets=[4, 64]), [3, 9, 3])
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert content(again) == content(model)
+        feed(again, [5])
+    assert len(model) == 3
+
+
+def test_a_model_has_one_owner_until_it_is_let_go():
+    class Owner:
+        pass
+
+    model, one, two = DemandModel(), Owner(), Owner()
+    model.claim(one)
+    model.claim(one)
+    with pytest.raises(BusyError, match="close that one first"):
+        model.claim(two)
+    model.let_go(two)  # not its owner
+    with pytest.raises(BusyError):
+        model.claim(two)
+    model.let_go(one)
+    model.claim(two)
+    del two
+    gc.collect()
+    model.claim(one)
 
 
 # ---------------------------------------------------------------------------------------------------- merging

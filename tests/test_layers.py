@@ -14,10 +14,10 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
 ORDER = (
-    "errors checks config _cuda spec buckets html interop stats progress demand kernels memory entry shelves ordering "
-    "store ladder pool policies moves calibration turns tiered hierarchy slot sizes overflow staging arena lease graph "
-    "service manager predictive factory nvtx report timeline plots testing ext traces planning pipeline info cli "
-    "__main__"
+    "errors checks files config _cuda spec buckets html interop stats progress demand kernels memory entry "
+    "shelves ordering store ladder pool policies moves calibration turns tiered hierarchy slot sizes overflow "
+    "staging arena lease graph service manager predictive factory nvtx report timeline plots testing ext traces "
+    "planning pipeline info cli __main__"
 ).split()
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")

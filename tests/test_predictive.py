@@ -298,6 +298,26 @@ def test_only_graphs_captured_ahead_count_as_warmed_in_vain_closed_ones_included
     assert (manager.prediction().warmed, manager.prediction().warmed_unused) == (3, 3)
 
 
+def test_a_model_serves_one_manager(make):
+    model, other = DemandModel(64), DemandModel(64)
+    pool = SimpleBufferPool()
+    one, two = make(demand=model), make(demand=other)
+    with pytest.raises(BusyError, match="close that one first"):
+        make(pool=pool, demand=model)
+    assert pool.stats().reserved_bytes == 0
+    pool.close()
+    with pytest.raises(BusyError, match="close that one first"):
+        two.adopt(model)
+    assert two.demand is other
+    one.adopt(one.demand)  # its own already
+    one.adopt(DemandModel(64))
+    two.adopt(model)  # let go by the first
+    two.close()
+    third = make(demand=model)  # let go at the end
+    third.record_usage(3)
+    assert third.demand is model and len(model) == 1
+
+
 def test_what_is_no_function_and_no_demand_is_refused(make):
     manager = make()
     with pytest.raises(TypeError, match="give a function"):
