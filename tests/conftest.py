@@ -90,6 +90,8 @@ def pytest_collection_modifyitems(config, items):
             if item.get_closest_marker(mark) and backend not in backends:
                 reason = f"needs the backend {' or '.join(backends)}; this run uses the {backend}"
                 item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("devices") and (backend == "simulator" or _device_count() < 2):
+            item.add_marker(pytest.mark.skip(reason="needs two devices (the stand-in: CUDASTUB_DEVICES=2)"))
 
 
 @pytest.fixture(scope="session")

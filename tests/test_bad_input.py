@@ -663,10 +663,8 @@ def test_a_manager_takes_no_pool_of_another_device(elsewhere):
             assert pool.stats().in_use_count == 0
 
 
-@pytest.mark.real
+@pytest.mark.devices
 def test_objects_of_two_devices_side_by_side():
-    if len(cuda.gpus) < 2:
-        pytest.skip("needs two devices")
     with cuda.gpus[1]:
         stream = cuda.stream()
         second = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8])

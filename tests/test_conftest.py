@@ -59,12 +59,15 @@ def test_marks_skip_with_a_reason(simulator):
         @pytest.mark.gpu
         def test_gpu(): pass
 
+        @pytest.mark.devices
+        def test_devices(): pass
+
         def test_any(backend):
             assert backend == "simulator"
         """
     )
     result = run(simulator, "-rs", "-W", "ignore")
-    result.assert_outcomes(passed=1, skipped=3)
+    result.assert_outcomes(passed=1, skipped=4)
     result.stdout.fnmatch_lines(["*needs the backend stand-in or gpu; this run uses the simulator"])
 
 
