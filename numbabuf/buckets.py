@@ -267,7 +267,7 @@ class Refitter:
         so a new list must repay its captures within as many steps.
     every : int
         Steps between two refits. The first come sooner, and so does one when the largest bucket, which stands
-        for what was not expected, has served 8 steps since the last.
+        for what was not expected, has served 8 smaller steps since the last.
 
     Attributes
     ----------
@@ -314,7 +314,8 @@ class Refitter:
         """Record one step, and return whether the list changed. O(1) but for the steps that refit."""
         size = _positive("size", size)
         self._block.append(size)
-        self._surprises += self.sizes.size < 2 or size > self.sizes[-2]
+        if size < self.max_size and self.k > 1:  # a step of the largest size, or a list of one, is no surprise
+            self._surprises += self.sizes.size < 2 or bool(size > self.sizes[-2])
         steps = len(self._block)
         return (steps >= self._due or (steps >= 32 and self._surprises >= 8)) and self.refit()
 

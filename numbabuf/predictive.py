@@ -1,7 +1,7 @@
 """An input manager that watches its own demand: it chooses the sizes worth a graph and has them ready before use.
 
 Puts `demand` (what comes next), `buckets` (which sizes serve it best) and the manager's captures together under
-budgets. A step only appends its size to a deque; models learn, and graphs are captured, in `prewarm` or in a thread
+budgets. A step only notes its size; models learn, and graphs are captured, in `prewarm` or in a thread
 that calls it. What cannot be prewarmed leaves everything as it was, counted. Nothing but people's tools sits above.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from . import _cuda, buckets, html
 from .checks import whole_number
 from .demand import DemandModel
-from .errors import BusyError, NumbabufError
+from .errors import BucketOverflowError, BusyError, NumbabufError
 from .graph import CapturedStep, Step
 from .manager import InputBufferManager
 from .pool import BufferPool
@@ -79,6 +79,9 @@ class PredictiveBufferManager(InputBufferManager):
 
     Notes
     -----
+    Demand: each step counts, those that are refused for their size too, if the slots could hold them. What is not
+    learned for long, as without `start`, is learned from its newest steps, at least 4,096; the others count as hits and
+    misses alone.
     Threads: `prewarm` may run in any thread, `start` runs it in one of its own. Other threads go on stepping: a capture
     uses its own stream in thread-local mode and holds the manager's lock only to begin and to put the graph in service.
     While a capture is open, a pool grows in no thread: reserve what steps lease.
@@ -135,7 +138,11 @@ class PredictiveBufferManager(InputBufferManager):
         self._byte_budget, self._second_budget = prewarm_bytes, prewarm_seconds
         self._specs = specs
         self._clock = clock
-        self._recent: deque[int] = deque(maxlen=max(4096, 4 * window))
+        self._recent: deque[int] = deque()  # sizes of steps, not learned yet
+        self._keep = max(4096, 4 * self._demand.window)  # the newest of them that are learned; the others are counted
+        self._older: Counter[int] = Counter()  # size -> steps that were too many to be learned
+        self._counting = threading.Lock()
+        self._refusals = 0  # steps refused for their size
         # One thread learns or prewarms at a time; taken before every other lock, and again by a function that asks.
         self._learning = threading.RLock()
         self._expected: frozenset[int] = frozenset()  # the model's buckets last forecast
@@ -146,7 +153,7 @@ class PredictiveBufferManager(InputBufferManager):
         self._reserved: Counter[BufferSpec] = Counter()  # buffers that the pool may still hold because of prewarming
         self._worker: threading.Thread | None = None
         self._stopping = threading.Event()
-        self.observer = self._recent.append
+        self.observer = self._note
         try:
             self._demand.claim(self)  # last: a manager that could not be made owns nothing
         except BusyError:
@@ -198,7 +205,48 @@ class PredictiveBufferManager(InputBufferManager):
         TypeError, ValueError
             It is not a whole number from 1 to the manager's capacity.
         """
-        self._recent.append(whole_number("num_tokens", num_tokens, least=1, most=self.max_tokens))
+        self._note(whole_number("num_tokens", num_tokens, least=1, most=self.max_tokens))
+
+    def _note(self, size: int) -> None:
+        """Remember one step's size: the manager's observer, on the hot path (``python -m benchmarks step``)."""
+        recent = self._recent
+        recent.append(size)
+        if len(recent) > 2 * self._keep:
+            self._count_older()
+
+    def _count_older(self) -> None:
+        """Count the oldest steps by size instead of keeping them: once in `_keep` steps, where nothing learns."""
+        # Without waiting: another thread, or a step that this one was interrupted in, is doing it.
+        if not self._counting.acquire(blocking=False):
+            return
+        try:
+            recent, sizes = self._recent, []
+            with contextlib.suppress(IndexError):  # `_learn` takes them meanwhile
+                for _ in range(len(recent) - self._keep):
+                    sizes.append(recent.popleft())
+            self._older.update(sizes)
+        finally:
+            self._counting.release()
+
+    def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], *rest: Any) -> Any:
+        try:
+            return super()._overflow(inputs, live, *rest)
+        except BucketOverflowError:
+            self._note_refused(live[0])
+            raise
+
+    def _fill_for(self, live: tuple[int, ...]) -> CapturedStep:
+        try:
+            return super()._fill_for(live)
+        except BucketOverflowError:
+            self._note_refused(live[0])
+            raise
+
+    def _note_refused(self, size: int) -> None:
+        """Count a step that is refused for its size; it is demand like any other. Holds the manager's lock."""
+        self._refusals += 1
+        if size <= self.max_tokens:  # what no slot can hold, no graph will serve
+            self._note(size)
 
     def predict_next_sizes(self, n: int = 3) -> list[int]:
         """Return at most `n` sizes worth having ready for the next steps, the best first."""
@@ -230,20 +278,31 @@ class PredictiveBufferManager(InputBufferManager):
         """Feed the steps since the last time to the models."""
         began = self._clock()
         recent = self._recent
+        with self._counting:
+            older, self._older = self._older, Counter()
+        for size, steps in older.items():
+            self._score(size, steps)
         for _ in range(len(recent)):  # not those that come meanwhile: they may come faster than they are learned
-            size = recent.popleft()
+            try:
+                size = recent.popleft()
+            except IndexError:
+                break  # a step counts older ones meanwhile
+            self._score(size, 1)
             if size < 1:
                 continue  # a step without tokens asks for nothing
-            if self._expected:
-                known = self._demand.buckets
-                bucket = known[min(int(np.searchsorted(known, size)), len(known) - 1)]
-                if bucket in self._expected:
-                    self._hits += 1
-                else:
-                    self._misses += 1
             self._demand.observe(size)
             self._refitter.observe(size)
         self._model_seconds += self._clock() - began
+
+    def _score(self, size: int, steps: int) -> None:
+        """Count steps of one size as hits or misses of the last forecast."""
+        if not self._expected or size < 1:
+            return
+        known = self._demand.buckets
+        if known[min(int(np.searchsorted(known, size)), len(known) - 1)] in self._expected:
+            self._hits += steps
+        else:
+            self._misses += steps
 
     def _forecast(self, n: int) -> list[int]:
         began = self._clock()
@@ -515,6 +574,7 @@ class PredictiveBufferManager(InputBufferManager):
     def _disown(self) -> None:
         super()._disown()
         self._learning, self._worker = threading.RLock(), None  # threads do not survive a fork
+        self._counting = threading.Lock()
 
     def close_graphs(self) -> None:
         """As `InputBufferManager.close_graphs`."""
@@ -530,7 +590,7 @@ class PredictiveBufferManager(InputBufferManager):
                 return PredictionStats(
                     hits=self._hits,
                     misses=self._misses,
-                    unserved=self._overflows,
+                    unserved=self._overflows + self._refusals,
                     warmed=self._captures,
                     warmed_unused=self._unused + sum(graph.steps == 0 for graph in self._made),
                     closed=self._closings,

@@ -356,13 +356,13 @@ class ManagerStats:
     Attributes
     ----------
     steps : int
-        Steps staged: replays, fills and eager steps.
+        Steps staged: replays, fills and eager steps; a step that was split counts once a piece.
     live_tokens, padded_tokens : int
         Tokens given, and tokens that the buckets they ran in hold.
     buckets : dict of int to int
         Padded number of tokens -> steps that ran in it.
     overflows : int
-        Steps larger than the largest bucket.
+        Steps larger than the largest bucket that were run all the same, in pieces or without a graph.
     ring_waits : int
         Times the host waited for a staging block.
     graphs : int
@@ -414,9 +414,11 @@ class PredictionStats:
     Attributes
     ----------
     hits, misses : int
-        Steps whose size was, or was not, among those last forecast; none are counted before the first forecast.
+        Steps whose size was, or was not, among those last forecast; none are counted before the first forecast. Those
+        refused for their size count too, those of no tokens do not.
     unserved : int
-        Steps for which no captured graph was large enough.
+        Steps for which no captured graph was large enough, or no bucket where they were staged alone: refused, split,
+        or run without a graph.
     warmed, warmed_unused : int
         Graphs captured ahead of need, and those of them that no step has used, or had used when they were closed.
     closed : int

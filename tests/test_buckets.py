@@ -257,6 +257,17 @@ def test_a_list_that_cannot_repay_its_captures_is_not_adopted():
     assert cheap.captures > len(start)
 
 
+@pytest.mark.parametrize(("k", "size"), [(4, 64), (1, 30), (4, 100)])
+def test_a_demand_that_no_other_list_would_serve_better_is_seldom_reconsidered(k, size):
+    refitter = Refitter(k, max_size=64)
+    refits = []
+    for _ in range(2048):
+        before = refitter.refits
+        refitter.observe(size)
+        refits.append(refitter.refits > before)
+    assert sum(refits) <= 11, "32, 64 and 128 steps in, and then every 256"
+
+
 def test_sizes_that_no_list_can_serve_are_let_pass():
     refitter = Refitter(4, max_size=16)
     start = refitter.sizes.tolist()
