@@ -9,6 +9,7 @@ everything but `predictive`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import weakref
@@ -35,6 +36,7 @@ from .stats import ManagerStats
 
 __all__ = ["InputBufferManager"]
 
+_log = logging.getLogger("numbabuf")
 _this_thread = _cuda.this_thread
 
 
@@ -141,7 +143,8 @@ class InputBufferManager:
         self._warned = False
         self.closed = False
         self.observer: Callable[[int], None] | None = None
-        """Called with each step's number of tokens after it is queued; the seam for demand models."""
+        """Called with each step's number of tokens after it is queued; the seam for demand models. What it raises is
+        logged, as the step runs all the same."""
         _managers.add(self)
         if default_slots:
             for name in ("input_ids", "positions"):
@@ -378,8 +381,15 @@ class InputBufferManager:
             for name, value in inputs.items():
                 views.setdefault(name, value)
         if self.observer is not None:
-            self.observer(live[0])
+            try:
+                self.observer(live[0])
+            except Exception as error:
+                self._unobserved(live, error)
         return views
+
+    def _unobserved(self, live: tuple[int, ...], error: Exception) -> None:
+        """Log an observer that failed. Had it raised, the caller would repeat a step that is queued."""
+        _log.warning("the observer of %r failed on a step of %d tokens, which is queued: %r", self, live[0], error)
 
     def _begin_step(self, num_tokens: Any, sizes: Mapping[str, Any]) -> tuple[int, ...]:
         """What every step checks first."""
@@ -494,7 +504,10 @@ class InputBufferManager:
                         return None
                     result = self._finish(lease, live, each, replay=how == "replay")
                 if self.observer is not None:
-                    self.observer(live[0])
+                    try:
+                        self.observer(live[0])
+                    except Exception as error:
+                        self._unobserved(live, error)
                 return result
 
             self._lease = Lease(self._ring.acquire(), rows, finish)
@@ -724,7 +737,10 @@ class InputBufferManager:
                     arena.refuse_others(inputs)
                 result = arena.submit(target, live[0])
         if self.observer is not None:
-            self.observer(live[0])
+            try:
+                self.observer(live[0])
+            except Exception as error:
+                self._unobserved(live, error)
         return result
 
     def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:

@@ -153,7 +153,7 @@ class PredictiveBufferManager(InputBufferManager):
         self._reserved: Counter[BufferSpec] = Counter()  # buffers that the pool may still hold because of prewarming
         self._worker: threading.Thread | None = None
         self._stopping = threading.Event()
-        self.observer = self._note
+        self.observer = self._note = _noter(self._recent, 2 * self._keep, self._count_older)
         try:
             self._demand.claim(self)  # last: a manager that could not be made owns nothing
         except BusyError:
@@ -206,13 +206,6 @@ class PredictiveBufferManager(InputBufferManager):
             It is not a whole number from 1 to the manager's capacity.
         """
         self._note(whole_number("num_tokens", num_tokens, least=1, most=self.max_tokens))
-
-    def _note(self, size: int) -> None:
-        """Remember one step's size: the manager's observer, on the hot path (``python -m benchmarks step``)."""
-        recent = self._recent
-        recent.append(size)
-        if len(recent) > 2 * self._keep:
-            self._count_older()
 
     def _count_older(self) -> None:
         """Count the oldest steps by size instead of keeping them: once in `_keep` steps, where nothing learns."""
@@ -602,6 +595,19 @@ class PredictiveBufferManager(InputBufferManager):
                     capture_seconds=self._capture_seconds,
                     model_seconds=self._model_seconds,
                 )
+
+
+def _noter(recent: deque[int], most: int, count_older: Callable[[], None]) -> Callable[[int], None]:
+    """Return a manager's observer: it remembers each step's size, and has the oldest counted where there are many."""
+    append = recent.append
+
+    # Hot path, guarded by benchmarks/step.py; a closure, as each attribute would cost as much as the append.
+    def note(size: int) -> None:
+        append(size)
+        if len(recent) > most:
+            count_older()
+
+    return note
 
 
 def _by_value(

@@ -113,7 +113,7 @@ def render(report: Mapping[str, Any]) -> str:
         "every result equals NumPy's, bit for bit"
         if wrong is None
         else f'<span class="wrong">wrong result at step {wrong["step"]:,}, sequence {wrong["sequence"]:,}: '
-        f"NumPy says {wrong['expected']}, the device {wrong['found']}</span>"
+        f"NumPy says {escape(str(wrong['expected']))}, the device {escape(str(wrong['found']))}</span>"
     )
     steps, waits = results["steps"], results["ring_waits"]
     live, padded = results["live_tokens"], results["padded_tokens"]

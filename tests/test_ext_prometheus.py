@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 
+from numbabuf.errors import BucketOverflowError
 from numbabuf.ext.prometheus import _HIERARCHY, _MANAGER, _POOL, _PREDICTION, Collector
 from numbabuf.hierarchy import HierarchicalBufferPool
 from numbabuf.manager import InputBufferManager
@@ -116,6 +117,47 @@ def test_the_gone_and_the_closed_are_left_out():
 def test_other_things_are_refused():
     with pytest.raises(TypeError, match="x=3 cannot be watched"):
         Collector(x=3)
+
+
+@pytest.mark.parametrize("name", [5, None, b"x", "\ud800"], ids=ascii)
+def test_a_name_that_no_scrape_can_carry_is_refused_at_once(name):
+    with SimpleBufferPool() as pool:
+        collector = Collector(mine=pool)
+        with pytest.raises((TypeError, ValueError), match="cannot be a label"):
+            collector.watch(name, pool)
+        assert {name for _, name, *_ in scrape(collector)} == {"mine"}
+
+
+def test_any_text_is_a_name():
+    with SimpleBufferPool() as pool:
+        collector = Collector()
+        for name in ("", 'a "b"\n\\', "Gröe"):
+            collector.watch(name, pool)
+        assert {name for _, name, *_ in scrape(collector)} == {"", 'a "b"\n\\', "Gröe"}
+
+
+def test_one_that_fails_is_left_out_and_logged(caplog):
+    class Failing(SimpleBufferPool):
+        def stats(self):
+            raise RuntimeError("its device is gone")
+
+    with SimpleBufferPool() as pool, Failing() as failing:
+        assert {name for _, name, *_ in scrape(Collector(bad=failing, good=pool))} == {"good"}
+    assert "bad is left out of a scrape: its device is gone" in caplog.text
+
+
+def test_what_was_counted_of_predictions():
+    with PredictiveBufferManager(max_batch_size=1, max_seq_len=16, buckets=[4]) as manager:
+        manager.record_usage(3)
+        manager.predict_next_sizes(1)
+        for size in (3, 3, 4):
+            manager.stage_inputs({"input_ids": np.arange(size)}, size)
+        with pytest.raises(BucketOverflowError):
+            manager.stage_inputs({"input_ids": np.arange(9)}, 9)
+        found, stats = scrape(Collector(a=manager)), manager.prediction()
+    outcomes = {key[2]: value for key, value in found.items() if key[0] == "prediction_steps_total"}
+    assert outcomes == {"hit": stats.hits, "miss": stats.misses} and sum(outcomes.values()) == 4
+    assert found["prediction_unserved_total", "a"] == 1
 
 
 def test_every_name_is_one_that_prometheus_advises():

@@ -804,6 +804,19 @@ def test_names(manager):
     assert repr(manager).startswith("InputBufferManager(2 slots")
 
 
+def test_an_observer_that_fails_costs_no_step(manager, caplog):
+    def observer(size):
+        raise ZeroDivisionError("mine")
+
+    manager.observer = observer
+    views = manager.stage_inputs({}, 3)
+    assert set(views) == set(manager.get_static_tensors())
+    with manager.stage(2):
+        pass
+    assert manager.stats().steps == 2
+    assert "step of 3 tokens, which is queued: ZeroDivisionError('mine')" in caplog.text
+
+
 def test_the_observer_hears_every_step(manager):
     heard = []
     manager.observer = heard.append

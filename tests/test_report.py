@@ -84,6 +84,40 @@ def test_a_wrong_result_leads_the_page(run):
     assert "<script>" not in page
 
 
+def leaves(data, path=()):
+    """The path of every value in a report, and of every name in it."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        yield (*path, key)
+        if isinstance(value, (dict, list)) and value:
+            yield from leaves(value, (*path, key))
+
+
+def test_no_value_and_no_name_reaches_the_page_unescaped(run):
+    data = json.loads(json.dumps(run[0]))
+    data["results"]["mismatch"] = {"step": 3, "sequence": 1, "expected": 1.0, "found": 2.0}
+    for name in ("tokens_per_step", "host_us_per_step"):
+        data["results"][name] = data["results"][name][:2]
+    evil, rendered = '"><script>alert(1)</script>', []
+    for path in leaves(data):
+        for renamed in (False, True):
+            changed = json.loads(json.dumps(data))
+            parent = changed
+            for key in path[:-1]:
+                parent = parent[key]
+            if renamed and isinstance(parent, dict):
+                parent[evil] = parent.pop(path[-1])
+            else:
+                parent[path[-1]] = evil
+            try:
+                page = report.render(changed)
+            except (TypeError, ValueError, KeyError, AttributeError):
+                continue  # a name that must be there, a number that is none
+            rendered.append(path)
+            assert "<script" not in page, path
+            Page(page)
+    assert ("results", "mismatch", "expected") in rendered and ("trace", "name") in rendered
+
+
 def test_a_run_without_steps_makes_a_page(run):
     data = json.loads(json.dumps(run[0]))
     data["results"] |= {

@@ -6,6 +6,7 @@ the extra `prometheus`. Sits above the library; nothing imports it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,8 @@ from ..pool import BufferPool
 from ..predictive import PredictiveBufferManager
 
 __all__ = ["Collector"]
+
+_log = logging.getLogger("numbabuf")
 
 Samples = Iterable[tuple[str, float]]
 
@@ -75,6 +78,8 @@ _MANAGER = (
 _PREDICTION = (
     _Metric("prediction_steps_total", "Steps, by what the forecast said of their size.",
             _each(hit="hits", miss="misses"), "outcome"),
+    _Metric("prediction_unserved_total", "Steps that no graph served: refused, split, or run without one.",
+            _one("unserved")),
     _Metric("prediction_captures_total", "Graphs captured ahead of need.", _one("warmed")),
     _Metric("prediction_failures_total", "Prewarmings that failed and changed nothing.", _one("failures")),
     _Metric("prediction_seconds_total", "Time spent ahead of need.",
@@ -102,12 +107,12 @@ class Collector:
     ----------
     **watched
         Pools and managers by the value of the label ``name`` that they get. They are held weakly: what is gone, or
-        closed, is left out.
+        closed, is left out; so is what cannot tell its figures, which is logged.
 
     Raises
     ------
-    TypeError
-        One of them is neither a pool nor a manager.
+    TypeError, ValueError
+        One of them is neither a pool nor a manager, or its name is not one that a scrape can carry.
 
     Notes
     -----
@@ -135,7 +140,19 @@ class Collector:
             self.watch(name, thing)
 
     def watch(self, name: str, thing: Any) -> None:
-        """Add a pool or a manager, in place of the one of that name."""
+        """Add a pool or a manager, in place of the one of that name.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for the class: here, where the mistake is, and not at every scrape.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"the name {name!r} cannot be a label: give a string")
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {name!r} cannot be a label: it is not text in UTF-8") from None
         if not isinstance(thing, (BufferPool, InputBufferManager)):
             raise TypeError(f"{name}={thing!r} cannot be watched: give a BufferPool or an InputBufferManager")
         with self._lock:
@@ -155,7 +172,12 @@ class Collector:
         for name, thing in watched:
             if thing is None or thing.closed:
                 continue
-            for stats, metrics in _snapshots(thing):
+            try:
+                snapshots = list(_snapshots(thing))  # all of them, so that a scrape has a thing whole or not at all
+            except Exception as error:
+                _log.warning("%s is left out of a scrape: %s", name, error)
+                continue
+            for stats, metrics in snapshots:
                 for metric in metrics:
                     family = families.get(metric.name)
                     if family is None:
