@@ -105,28 +105,32 @@ def no_leaks() -> Iterator[None]:
 
 def pytest_configure(config: Any) -> None:
     """Make the fixtures known: pytest calls this when it loads the module as a plugin."""
+    import types
+
     import pytest
 
-    class Fixtures:
-        """The fixtures, in a class made here so that this module imports no pytest at its top."""
+    @pytest.fixture(scope="session")
+    def numbabuf_backend() -> str:
+        """What runs the kernels: "simulator", or "cuda:0" for device 0."""
+        return backend_id()
 
-        @pytest.fixture(scope="session")
-        def numbabuf_backend(self) -> str:
-            """What runs the kernels: "simulator", or "cuda:0" for device 0."""
-            return backend_id()
+    @pytest.fixture
+    def numbabuf_live_buffers() -> Any:
+        """A function that returns how many buffers are leased now, from all pools together."""
+        return live_buffers
 
-        @pytest.fixture
-        def numbabuf_live_buffers(self) -> Any:
-            """A function that returns how many buffers are leased now, from all pools together."""
-            return live_buffers
+    @pytest.fixture
+    def numbabuf_no_leaks() -> Iterator[None]:
+        """Fail a test that leaves a buffer leased, drops one without release, or leaves a thread running.
 
-        @pytest.fixture
-        def numbabuf_no_leaks(self) -> Iterator[None]:
-            """Fail a test that leaves a buffer leased, drops one without release, or leaves a thread running.
+        Ask for it first: fixtures end in the reverse of the order in which they were asked for.
+        """
+        with no_leaks():
+            yield
 
-            Ask for it first: fixtures end in the reverse of the order in which they were asked for.
-            """
-            with no_leaks():
-                yield
-
-    config.pluginmanager.register(Fixtures(), "numbabuf-fixtures")
+    # A module made here, since this one imports no pytest at its top. In a class a fixture of the session is a method,
+    # which pytest 9.2 warns of.
+    fixtures = types.ModuleType("numbabuf_fixtures", __doc__)
+    for fixture in (numbabuf_backend, numbabuf_live_buffers, numbabuf_no_leaks):
+        setattr(fixtures, fixture.__name__, fixture)
+    config.pluginmanager.register(fixtures, "numbabuf-fixtures")

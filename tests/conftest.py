@@ -14,6 +14,10 @@ import threading
 import hypothesis
 import pytest
 
+# Numba's advice about kernels as small as those of tests and examples; a filter of warnings would have to import numba
+# to name its class, and one by message gives way to `pytest -W error`.
+os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")
+
 HOW_TO_CHOOSE = """numbabuf's tests need a backend, and none was found: {found}.
   in the simulator (any machine):  NUMBA_ENABLE_CUDASIM=1 pytest
   on an NVIDIA GPU:                pip install -e .[cu13,test]   # or cu12, to match the driver

@@ -967,10 +967,12 @@ def test_a_manager_is_not_copied(manager, do):
     ],
     ids=["replay", "stage_inputs", "set_data"],
 )
-def test_an_interrupt_right_after_the_launch(manager, monkeypatch, step):
+def test_an_interrupt_right_after_the_launch(manager, monkeypatch, request, step):
     """Ctrl-C between the launch and the host's count of it must not leave host and device one step apart."""
     manager.capture_buckets(lambda step: None)
     manager.stage_inputs({}, 0)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run with SIGINT ignored has another
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with monkeypatch.context() as patch:
         patch.setattr(staging.StagingRing, "advance", lambda ring: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):

@@ -31,7 +31,8 @@ def users(pytester, monkeypatch):
 
 
 def run(users, *arguments):
-    return users.runpytest_subprocess("-p", "no:cacheprovider", *arguments)
+    """With every warning an error, as a user may have it; pytest warns of fixtures that its next version refuses."""
+    return users.runpytest_subprocess("-p", "no:cacheprovider", "-W", "error", *arguments)
 
 
 def test_the_fixtures_serve_a_users_tests(users):
