@@ -202,12 +202,25 @@ class Arena:
         try:
             target.launch_on(self._core)
             self.ring.advance()  # in here: an interrupt between the two would leave host and device one step apart
-        except BaseException:
-            self.resync()
-            raise
+        except BaseException as error:
+            if not _cuda.is_context_error(error):
+                self.resync()
+                raise
+            self._launch_anew(target)
         target.steps += 1
         target.live += tokens
         return target.step.result
+
+    def _launch_anew(self, target: Any) -> None:
+        """Launch from a thread that lost its context, as by leaving ``with cuda.gpus[i]:``; nothing was queued."""
+        try:
+            _cuda.refresh()
+            with _cuda.on_device(self._stream.device):
+                target.launch_on(self._core)
+                self.ring.advance()
+        except BaseException:
+            self.resync()
+            raise
 
     def launch_fill(self, stream: Any, rows: tuple[int, ...]) -> None:
         """Queue the fill of the ring's next block on `stream`, in a launch shape that fits the padded `rows`."""

@@ -126,6 +126,8 @@ class Recording:
         Launches the fill on the stream it is given: the graph's first node.
     captured : CapturedStep
         Gets the graph when the block ends well. Entering the block gives its step.
+    dry : bool
+        Drop what was recorded: the block compiles and loads its kernels, and nothing of it ever runs.
 
     Raises
     ------
@@ -133,8 +135,11 @@ class Recording:
         The driver refused the capture. What the block itself raises passes through, the capture given up.
     """
 
-    def __init__(self, stream: Any, fill: Callable[[Any], None], captured: CapturedStep) -> None:
-        self._capture = _cuda.Capture(stream)
+    def __init__(
+        self, stream: Any, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
+    ) -> None:
+        self._capture = _cuda.Capture(stream, dry=dry)
+        self._dry = dry
         self._stream = stream
         self._fill = fill
         self.captured = captured
@@ -149,7 +154,7 @@ class Recording:
         return self.captured.step
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
+        if error is None and not self._dry:
             self.captured.adopt(self._capture.end())
             return
         self._capture.abort()

@@ -9,6 +9,7 @@ everything but `predictive`.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import threading
@@ -34,10 +35,11 @@ from .slot import InputSlot
 from .spec import BufferSpec
 from .stats import ManagerStats
 
-__all__ = ["InputBufferManager"]
+__all__ = ["InputBufferManager", "check_function"]
 
 _log = logging.getLogger("numbabuf")
 _this_thread = _cuda.this_thread
+_captures = _cuda.captures
 
 
 class InputBufferManager:
@@ -117,11 +119,19 @@ class InputBufferManager:
         self._bucket_lists = bucket_lists(buckets, self.max_tokens)
         self._range_check = config.enabled("NUMBABUF_RANGE_CHECK") if range_check is None else bool(range_check)
         self._stream = _cuda.as_stream(stream)
+        if self._stream.thread is not None:
+            raise ValueError(
+                "stream is the per-thread default stream, which is another stream in every thread that steps: give "
+                "None for a stream of the manager's own, or cuda.stream()"
+            )
         self.stream = self._stream.numba
         self._device = self._stream.device
         self._own_pool = pool is None
         self._pool: BufferPool = SimpleBufferPool() if pool is None else pool
+        self._life: Any = None  # the Lifetime of the context that the memory is in; Any, because every step asks
+        self._why_closed = ""
         self._lock = threading.RLock()
+        self._inside = self._lock._is_owned  # type: ignore[attr-defined]  # as threading.Condition asks it
         self._capturing = threading.Lock()  # one capture at a time; always taken before `_lock`
         self._slots: dict[str, InputSlot] = {}
         self._static: tuple[InputSlot, ...] = ()
@@ -198,7 +208,7 @@ class InputBufferManager:
         BusyError
             A graph is live: it reads the slots where they lie now. `close_graphs` first.
         """
-        with self._lock:
+        with self._alone("register_slot"):
             self._check_open()
             if name in self._slots:
                 raise ValueError(f"slot {name!r} is registered already, as {self._slots[name]!r}")
@@ -244,15 +254,44 @@ class InputBufferManager:
         return {slot.name: slot.array for slot in self._static}
 
     def _slot_array(self, slot: InputSlot) -> Any:
+        if self._ring is None:
+            self._refuse_inside("the memory of a slot")
         with self._lock:
             self._ready()
             return self._arena.whole[slot.position]
 
     # ----------------------------------------------------------------------------------------------------- memory
 
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """Hold the lock for a call that its own thread may not enter from within another; see `_refuse_inside`."""
+        self._refuse_inside(what)
+        with self._lock:
+            yield
+
+    def _refuse_inside(self, what: str) -> None:
+        """Refuse a call from within another on this manager in the same thread, which the lock alone lets in.
+
+        As by an input's ``__array__``, a signal handler or a finaliser in the middle of a step:
+            step: takes block 0 of the ring and begins to write it
+            within: another step takes block 0, too, writes and queues it
+            step: writes over what that one has queued, and queues it a second time.
+        """
+        if self._inside():
+            if _cuda.capturing():
+                raise CaptureError(
+                    f"{what} was called inside a captured function, which no graph can hold: call it before or after"
+                )
+            raise BusyError(
+                f"{what} was called from within another call on {self!r} in the same thread, as by an input's "
+                "__array__, a signal handler or a finaliser; nothing has changed: call it when that has returned"
+            )
+
     def _check_open(self) -> None:
+        if self._life is not None and self._life.ended and not self.closed:
+            self._bury()
         if self.closed:
-            raise ClosedError("the manager is closed: make a new one")
+            raise ClosedError(self._why_closed or "the manager is closed: make a new one")
         if self._pool.closed:
             raise ClosedError("the manager's pool was closed under it: close the manager first, then its pool")
 
@@ -267,9 +306,12 @@ class InputBufferManager:
             raise BusyError(f"{what} while a graph is being captured")
         self._check_no_lease()
 
-    def _check_no_capture(self) -> None:
+    def _check_no_capture(self, what: str) -> None:
+        """Refuse what ends graphs or memory during a capture: this thread's own, or another's with this manager."""
+        if _cuda.capturing():
+            raise CaptureError(f"{what} inside a captured function, which no graph can hold: do it before or after")
         if self._capturer is not None:
-            raise BusyError("graphs cannot be closed while one is being captured")
+            raise BusyError(f"{what} while one is being captured")
 
     def _check_no_lease(self) -> None:
         if self._lease is not None and self._lease.open:
@@ -284,7 +326,7 @@ class InputBufferManager:
 
     def _build(self) -> None:
         """Give the slots memory, and what an earlier arena held."""
-        if _cuda.captures:
+        if _cuda.capturing():
             raise CaptureError("the slots have no memory yet and a capture is open: run one step before capturing")
         _cuda.one_device(self._device, self)
         if self._pool.device not in (None, self._device):
@@ -294,6 +336,7 @@ class InputBufferManager:
             )
         self._limits, self._choices = settle(self._axes, self._static, self._bucket_lists, self.max_tokens)
         arena = Arena(self._pool, self._static, self._depth, self._stream, self._generation + 1, self._kept)
+        self._life = _cuda.lifetime()
         self._arena, self._ring, self._generation = arena, arena.ring, arena.generation
         if self._kept is not None:
             self._kept.release()
@@ -323,12 +366,14 @@ class InputBufferManager:
         step = Step(stream.numba, dict(zip(self._axes, sizes, strict=True)), self._arena.views(padded))
         return CapturedStep(step, sizes, padded, self._generation)
 
-    def _recording(self, sizes: tuple[int, ...]) -> Recording:
-        """A capture of the fill, and of what its ``with`` block queues, for a bucket."""
-        if self._capture_stream is None:
+    def _recording(self, sizes: tuple[int, ...], *, dry: bool = False) -> Recording:
+        """A capture of the fill, and of what its ``with`` block queues, for a bucket; `dry`: one that is dropped."""
+        _cuda.one_device(self._device, self)  # first: the stream below is made on the device that is current
+        if self._capture_stream is None or self._capture_stream.closed:
+            # Or a capture was given up in another thread than it was begun in, and its stream with it.
             self._capture_stream = _cuda.as_stream(None)
         new, arena = self._new_step(sizes, self._capture_stream), self._arena
-        return Recording(self._capture_stream, lambda stream: arena.launch_fill(stream, new.padded), new)
+        return Recording(self._capture_stream, lambda stream: arena.launch_fill(stream, new.padded), new, dry=dry)
 
     def _plain(self, sizes: tuple[int, ...]) -> CapturedStep:
         """A step without a graph, for sizes that have none: its fill is launched by itself."""
@@ -370,7 +415,7 @@ class InputBufferManager:
         -----
         The inputs may be overwritten as soon as this returns. The views hold this step until the next one is staged.
         """
-        with self._lock:
+        with self._alone("stage_inputs"):
             self._ready()
             live = self._begin_step(num_tokens, sizes)
             target = self._fill_for(live)
@@ -399,7 +444,7 @@ class InputBufferManager:
         return live_sizes(self._axes, num_tokens, sizes)
 
     def _refuse_capture(self) -> None:
-        if _cuda.captures and get_ident() in _cuda.captures:
+        if _cuda.capturing():
             raise CaptureError(
                 "host inputs cannot be staged inside a capture: the graph's own fill reads them at replay"
             )
@@ -450,7 +495,7 @@ class InputBufferManager:
 
     def _set_slot(self, slot: InputSlot, data: Any) -> None:
         """`InputSlot.set_data`: a fill in which every other slot has nothing to write."""
-        with self._lock:
+        with self._alone("set_data"):
             self._ready()
             _cuda.one_device(self._device, self)
             self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
@@ -486,7 +531,7 @@ class InputBufferManager:
         ValueError
             A slot cannot hold the step.
         """
-        with self._lock:
+        with self._alone("stage"):
             self._ready()
             live = self._begin_step(num_tokens, sizes)
             rows = {slot.name: (slot, slot.rows(live)) for slot in self._static}
@@ -495,7 +540,7 @@ class InputBufferManager:
                     raise ValueError(f"slot {slot.name!r} holds {slot.capacity} rows; this step has {count}")
 
             def finish(lease: Lease, how: str, each: Any) -> Any:
-                with self._lock:
+                with self._alone("the end of a lease"):
                     if how != "discard":
                         self._refuse_capture()
                     lease.expire()  # here, as two threads may end it at once, and `close` too
@@ -565,6 +610,7 @@ class InputBufferManager:
         -----
         Call every kernel once before: a capture cannot compile or load code. Other threads may go on replaying.
         """
+        self._refuse_inside("capture")
         with self._exclusive():
             with self._lock:
                 self._ready()
@@ -584,7 +630,7 @@ class InputBufferManager:
 
         Without `wait`, BusyError while anybody captures.
         """
-        if wait and get_ident() in _cuda.captures:
+        if wait and _cuda.capturing():
             raise CaptureError("this thread already has a capture open: end it before beginning another")
         if wait and self._capturer == get_ident():
             raise CaptureError("this thread is capturing with this manager: a captured function cannot capture others")
@@ -603,19 +649,25 @@ class InputBufferManager:
         sizes: Iterable[int | Mapping[str, int]] | None = None,
         *,
         progress: bool = False,
+        warm_up: str | None = None,
     ) -> tuple[dict[str, int], ...]:
-        """Capture `fn` once per size: every size is warmed first, then captured, the largest first.
+        """Capture `fn` once per size: every size is rehearsed first, then captured, the largest first.
 
         Parameters
         ----------
         fn
             ``fn(step)`` launches on ``step.stream`` and reads ``step["slot"]``, a view padded to ``step.bucket``;
-            what it returns is what `replay` returns. It is called twice per size, the first time without a capture.
+            what it returns is what `replay` returns. It is called twice per size: first in a capture that is dropped,
+            in which its kernels compile and load, then in the one that is kept. Neither runs what it queues on
+            ``step.stream``.
         sizes : iterable of int, or of mappings of axis to int, optional
             The sizes to capture, as they are; an int is a number of tokens, with every further axis at its largest.
             Default: the bucket list of "tokens".
         progress : bool
             Show a progress bar on standard error, and what was reached if it fails.
+        warm_up : {None, "run"}
+            "run": the first call for each size is no capture but runs, over slots that are all padding. For functions
+            that need a run before they can be captured; it changes what the function writes.
 
         Returns
         -------
@@ -633,10 +685,13 @@ class InputBufferManager:
         -----
         Largest first lets the driver reuse what the largest graph needed for the smaller ones. A size that was captured
         before gets the new graph.
+        Capture: no data changes, unless `warm_up` is "run". What remains: Python code in `fn` runs twice per size, and
+        work that it sends to other streams past Numba (drivers, other libraries) runs at once.
         """
-        if not callable(fn):
-            raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
-        with self._exclusive(), self._lock:
+        check_function(fn)
+        if warm_up not in (None, "run"):
+            raise ValueError(f'warm_up is {warm_up!r}: give None, which runs nothing, or "run"')
+        with self._exclusive(), self._alone("capture_buckets"):
             self._ready()
             self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
             asked = sorted(wanted(self._axes, self._limits, self._choices, sizes), reverse=True)
@@ -652,7 +707,7 @@ class InputBufferManager:
             try:
                 for phase, size in track(work, total=total, label="capture_buckets", enabled=progress, note=note):
                     if phase == "warm":
-                        self._warm(size, fn)
+                        self._warm(size, fn, run=warm_up == "run")
                         continue
                     if not captured:
                         self._stream.synchronize()
@@ -671,8 +726,16 @@ class InputBufferManager:
             self._function = fn
             return tuple(dict(zip(self._axes, size, strict=True)) for size in reversed(asked))
 
-    def _warm(self, sizes: tuple[int, ...], fn: Callable[[Step], Any]) -> None:
-        """Run a bucket once without a graph, and without inputs, so that its capture has nothing to compile or load."""
+    def _warm(self, sizes: tuple[int, ...], fn: Callable[[Step], Any], *, run: bool) -> None:
+        """Call `fn` once for a bucket before its capture, so that the capture has nothing to compile or load.
+
+        What it queues is recorded in a capture that is dropped, so that no data changes; with `run`, it runs, over
+        slots that are all padding.
+        """
+        if not run:
+            with self._recording(sizes, dry=True) as step:
+                fn(step)
+            return
         target = self._plain(sizes)
         self._arena.write(self._ring.acquire(), {}, (0,) * len(sizes), target.padded)
         self._arena.submit(target, 0)
@@ -721,10 +784,12 @@ class InputBufferManager:
         returns. Waits only when the ring is full of steps that the device has not read yet, and counts that.
         """
         # Hot path, guarded by benchmarks/step.py.
+        if self._inside():
+            self._refuse_inside("replay")
         with self._lock:
-            if self._ring is None or self.closed or self._pool.closed or not _this_thread.ready:
+            if self._ring is None or self._life.ended or self.closed or self._pool.closed or not _this_thread.ready:
                 self._ready()
-            if self._lease is not None or _cuda.captures or sizes or type(num_tokens) is not int or num_tokens < 0:
+            if self._lease is not None or _captures or sizes or type(num_tokens) is not int or num_tokens < 0:
                 live = self._begin_step(num_tokens, sizes)
             else:
                 live = (num_tokens,) if len(self._axes) == 1 else live_sizes(self._axes, num_tokens, sizes)
@@ -794,28 +859,42 @@ class InputBufferManager:
 
     def close_graphs(self) -> None:
         """Wait for all steps, then destroy every captured graph and let its operands go."""
-        with self._lock:
-            self._check_no_capture()
-            if self._service or self._service.leaving:
-                self.synchronize()
-            self._service.close()
-            self._function = None
+        with self._alone("close_graphs"):
+            self._check_no_capture("graphs cannot be closed")
+            self._close_graphs()
+
+    def _close_graphs(self) -> None:
+        if self._service or self._service.leaving:
+            self.synchronize()
+        self._service.close()
+        self._function = None
 
     # ------------------------------------------------------------------------------------------------------- the end
 
     def synchronize(self) -> None:
         """Wait for every step queued so far; raises what their kernels raised."""
-        _cuda.require()  # as wherever a thread that never called the driver may come first
-        self._stream.synchronize()
+        if _cuda.capturing():
+            raise CaptureError(
+                "synchronize was called inside a captured function, which no graph can hold: wait after the replay"
+            )
+        if self._life is not None and self._life.ended:
+            self._check_open()
+        with _cuda.on_device(self._device):  # this thread may never have called the driver, or have no context left
+            self._stream.synchronize()
 
     def release_all(self) -> None:
         """Close the graphs and give all memory back to the pool; the slots stay registered.
 
         The next step allocates anew, at other addresses and with zeroed slots.
         """
-        with self._lock:
+        with self._alone("release_all"):
             self._check_no_lease()
-            self.close_graphs()
+            self._check_no_capture("graphs cannot be closed")
+            self._release_all()
+
+    def _release_all(self) -> None:
+        with _cuda.on_device(self._device):
+            self._close_graphs()
             self._dismantle()
             if self._kept is not None:
                 self._kept.release()
@@ -828,16 +907,18 @@ class InputBufferManager:
         the manager was given stays open; one of its own is closed. Where queued work has failed, its error is raised
         here, once, and the manager is closed all the same.
         """
-        with self._lock:
-            if self.closed:
+        if self.closed:
+            return
+        with self._alone("close"):
+            if self._life is not None and self._life.ended:
+                self._bury()
                 return
-            self._check_no_capture()
+            self._check_no_capture("the manager cannot be closed")
             if self._lease is not None and self._lease.open:
-                self._lease.discard()
+                self._lease.expire()
+                self._lease = None
             try:
-                self.release_all()
-            except BusyError:
-                raise
+                self._release_all()
             except Exception:  # the context is gone: no other attempt would end better
                 self.closed = True
                 raise
@@ -846,9 +927,26 @@ class InputBufferManager:
             if self._own_pool:
                 self._pool.close()
 
+    def _bury(self) -> None:
+        """Be closed, as the context is gone, and with it all memory, graphs and streams: nothing of it is touched."""
+        self._why_closed = (
+            "the CUDA context of this manager was closed or reset (cuda.close()), and its memory and graphs went with "
+            "it: make a new manager"
+        )
+        self.closed = True
+        if self._lease is not None and self._lease.open:
+            self._lease.expire()
+        self._service.abandon()
+        self._lease = self._arena = self._ring = self._kept = self._capture_stream = None
+        self._fills = {}
+        if self._own_pool:
+            with contextlib.suppress(Exception):  # what is gone gives nothing back
+                self._pool.close()
+
     def _disown(self) -> None:
         """In a forked child: be closed, and leave the memory to the parent."""
         self._lock, self._capturing = threading.RLock(), threading.Lock()  # another thread may have held them
+        self._inside = self._lock._is_owned  # type: ignore[attr-defined]
         self.closed = True  # the driver does not serve a forked process, so there is nothing to give back
 
     def __reduce__(self) -> NoReturn:
@@ -905,6 +1003,14 @@ class InputBufferManager:
         return html.card(
             repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
         )
+
+
+def check_function(fn: Any) -> None:
+    """Refuse what cannot be captured: no function, or one whose call runs none of its code."""
+    if not callable(fn):
+        raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
+    if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn):
+        raise TypeError(f"fn is {fn!r}, whose call runs none of its code: give a function without async or yield")
 
 
 # ------------------------------------------------------------------------------------------------------------- fork

@@ -24,7 +24,7 @@ from .checks import whole_number
 from .demand import DemandModel
 from .errors import BucketOverflowError, BusyError, NumbabufError
 from .graph import CapturedStep, Step
-from .manager import InputBufferManager
+from .manager import InputBufferManager, check_function
 from .pool import BufferPool
 from .progress import stopped, track
 from .spec import BufferSpec
@@ -312,6 +312,7 @@ class PredictiveBufferManager(InputBufferManager):
         sizes: Iterable[int | Mapping[str, int]] | None = None,
         *,
         progress: bool = False,
+        warm_up: str | None = None,
     ) -> tuple[dict[str, int], ...]:
         """As `InputBufferManager.capture_buckets`; without `sizes`, the sizes that the demand so far suggests.
 
@@ -320,7 +321,7 @@ class PredictiveBufferManager(InputBufferManager):
         if sizes is None:
             with self._learned():
                 sizes = [int(size) for size in self._refitter.sizes]
-        return super().capture_buckets(fn, sizes, progress=progress)
+        return super().capture_buckets(fn, sizes, progress=progress, warm_up=warm_up)
 
     def prewarm(self, fn: Callable[[Step], Any] | None = None, *, progress: bool = False) -> tuple[int, ...]:
         """Have ready what the demand suggests: graphs of the planned sizes, and the buffers of those forecast.
@@ -328,8 +329,8 @@ class PredictiveBufferManager(InputBufferManager):
         Parameters
         ----------
         fn : callable, optional
-            What to capture; default: the function last given here or to `capture_buckets`. It is not run without a
-            capture first, so its kernels must have been launched once.
+            What to capture; default: the function last given here or to `capture_buckets`. It is called twice per size
+            and changes no data, as in `InputBufferManager.capture_buckets`.
         progress : bool
             Show a progress bar on standard error, and what was reached if it ends early.
 
@@ -345,10 +346,12 @@ class PredictiveBufferManager(InputBufferManager):
         a budget has no room for them; the largest one stays, so that no size is left without a graph. Does nothing in
         a thread that has a capture open, and captures nothing while another thread captures with this manager.
         """
-        if fn is not None and not callable(fn):
-            raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
-        if threading.get_ident() in _cuda.captures or self.closed:
+        if fn is not None:
+            check_function(fn)
+        if _cuda.capturing() or self.closed:
             return ()
+        self._refuse_inside("prewarm")
+        _cuda.one_device(self._device, self)
         with self._learned():
             if fn is not None:
                 self._function = fn
@@ -425,6 +428,10 @@ class PredictiveBufferManager(InputBufferManager):
                     if self._function is not fn:
                         return "the graphs were closed, or captured anew, meanwhile"
                     self._ready()
+                    rehearsal = self._recording(sizes, dry=True)
+                with rehearsal as step:
+                    fn(step)
+                with self._lock:
                     recording = self._recording(sizes)
                 with recording as step:
                     step.result = fn(step)
@@ -558,8 +565,10 @@ class PredictiveBufferManager(InputBufferManager):
 
     def close(self) -> None:
         """Stop the thread, then as `InputBufferManager.close`."""
-        if self._capturer == threading.get_ident():
-            self._check_no_capture()  # before the thread is stopped: what is refused changes nothing
+        if not self.closed:  # before the thread is stopped: what is refused changes nothing
+            self._refuse_inside("close")
+            if self._capturer == threading.get_ident():
+                self._check_no_capture("the manager cannot be closed")
         self.stop()
         super().close()
         self._demand.let_go(self)
@@ -569,11 +578,9 @@ class PredictiveBufferManager(InputBufferManager):
         self._learning, self._worker = threading.RLock(), None  # threads do not survive a fork
         self._counting = threading.Lock()
 
-    def close_graphs(self) -> None:
-        """As `InputBufferManager.close_graphs`."""
-        with self._lock:
-            super().close_graphs()
-            self._settle()
+    def _close_graphs(self) -> None:
+        super()._close_graphs()
+        self._settle()
 
     def prediction(self) -> PredictionStats:
         """Return one snapshot of how the predictions did."""

@@ -82,7 +82,7 @@ class Service:
         """
         leaving = self.leaving
         if old:
-            event = _cuda.Event()
+            event = _cuda.Event(self._stream.device)
             event.record(self._stream)
             leaving = leaving + [(event, graph) for graph in old]
         kept = [graph for graph in self._graphs if graph not in old]
@@ -96,7 +96,7 @@ class Service:
 
     def reap(self) -> None:
         """Close the withdrawn graphs whose replays are done."""
-        if _cuda.captures:
+        if _cuda.capturing():
             return  # a capture forbids the query, and the end of a graph may free memory
         for leaving in list(self.leaving):
             event, graph = leaving
@@ -121,6 +121,10 @@ class Service:
         self._serve([], [], [])  # first: no closed graph is in service, whatever comes between
         for graph in graphs:
             self.retire(graph)
+
+    def abandon(self) -> None:
+        """Forget every graph: the context is gone, and the driver has destroyed them with it."""
+        self._serve([], [], [])
 
     def counts(self, others: Iterable[CapturedStep]) -> dict[int, tuple[int, int]]:
         """Return (steps, live tokens) per bucket of tokens, smallest first: all graphs ever, and `others`."""

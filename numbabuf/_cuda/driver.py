@@ -46,7 +46,9 @@ def current_device() -> int | None:
 
 def device_id() -> int:
     found = current_device()
-    return int(cuda.get_current_device().id) if found is None else found
+    if found is None:  # as after leaving `with cuda.gpus[i]:`
+        found = int(cuda.current_context().device.id)
+    return found
 
 
 @contextmanager
@@ -494,16 +496,27 @@ class Capture:
     def abort(self) -> None:
         """Give the capture up; the stream is usable again, but for one that is given up in another thread.
 
-        The driver ends a capture in its own thread alone, and that one may be gone: `is_capturing` tells that the
-        stream is lost, and its owner takes another.
+        The driver ends a capture in its own thread alone, and that one may be gone. What ends it here is the end of its
+        stream: that is `closed` then, and its owner takes another.
         """
         try:
-            if self._builder is not None:
+            if self.token is not this_thread.token:
+                self._give_stream_up()
+            elif self._builder is not None:
                 self._builder.end_building()
         except Exception:  # an invalidated capture reports itself here; the stream has left capture mode either way
             pass
         finally:
             self._leave()
+
+    def _give_stream_up(self) -> None:
+        """Have the driver's stream destroyed when the builder goes: Numba's cache of launches shares it."""
+        from numba.cuda.dispatcher import CUDADispatcher
+
+        self.stream.core.close()
+        forget = getattr(CUDADispatcher.configure, "cache_clear", None)
+        if forget is not None:
+            forget()
 
     def _leave(self) -> None:
         self._operands = []  # the graph's alone from here on: closing it lets them go
