@@ -39,6 +39,10 @@ SCHEMA = 1
 """Version of the layout of `--json` files; it grows when a name changes its meaning or goes away."""
 
 
+MOST_STEPS = 10_000_000
+"""Most steps that `plan` reads: a row of a trace may stand for a hundred million."""
+
+
 class Command(NamedTuple):
     """One subcommand."""
 
@@ -496,7 +500,10 @@ def _plan(args: argparse.Namespace) -> int:
             args.parser.error(f"--plot {args.plot}: no such directory")
     steps = read_trace(args.trace).steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs)
     top = args.max_tokens if args.axis == "tokens" else args.max_seqs
-    found = compare([getattr(step, f"num_{args.axis}") for step in steps], args.k, max_size=top)
+    sizes = [getattr(step, f"num_{args.axis}") for step in itertools.islice(steps, MOST_STEPS + 1)]
+    if len(sizes) > MOST_STEPS:
+        raise NumbabufError(f"{args.trace}: more than {MOST_STEPS:,} steps: shorten it, or raise --max-tokens")
+    found = compare(sizes, args.k, max_size=top)
     print(f"{found.steps:,} steps, at most {top:,} {args.axis} each")
     print(found.table())
     if args.plot:

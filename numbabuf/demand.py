@@ -40,6 +40,9 @@ MAX_WINDOW = 1 << 20
 MAX_CELLS = 1 << 18
 """Most buckets times steps ahead (``warm_steps + 8``) that a learner keeps in view, at 64 bytes each."""
 
+MAX_AXES = 64
+"""Most axes that a file may hold: a model takes a megabyte, or more, of whatever is in its window."""
+
 LEARNED = 1 << 16
 """Observations, the newest, that a new model learns from: about two seconds; the window may be longer."""
 
@@ -403,6 +406,8 @@ class Demands(Mapping[str, DemandModel]):
                 if not slash:
                     raise ValueError(f"the array {name!r} belongs to no axis; DemandModel.load reads a single model")
                 axes.setdefault(axis, {})[field] = array
+            if len(axes) > MAX_AXES:
+                raise ValueError(f"{len(axes)} axes are more than {MAX_AXES}")
             demands = cls(())
             demands._models = {axis: DemandModel._read(found, clock) for axis, found in axes.items()}
             return demands

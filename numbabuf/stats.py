@@ -422,7 +422,7 @@ class PredictionStats:
     warmed, warmed_unused : int
         Graphs captured ahead of need, and those of them that no step has used, or had used when they were closed.
     closed : int
-        Graphs taken out of service because the plan no longer wanted them.
+        Graphs taken out of service because the plan no longer wanted them, or wanted others more.
     failures : int
         Prewarmings that failed and left everything as it was.
     graph_bytes, reserved_bytes : int

@@ -387,7 +387,7 @@ def _short(value: Any) -> str:
 def _whole(value: Any, *, low: int) -> int:
     """Return a count of tokens; "374" and 374.0 are whole numbers, 1.5, True and "nan" are not."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python reads "1_0" as 10
             raise ValueError
         try:
             number = int(value) if isinstance(value, str) else operator.index(value)
@@ -404,7 +404,7 @@ def _whole(value: Any, *, low: int) -> int:
 
 def _milliseconds(value: Any) -> float:
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
             raise ValueError
         number = float(value)
     except (TypeError, ValueError, OverflowError):

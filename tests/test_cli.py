@@ -437,6 +437,14 @@ def test_a_trace_may_have_any_name(tmp_path):
     assert "trace\\udcff.csv" in (tmp_path / "out.html").read_text(encoding="utf-8")
 
 
+def test_a_trace_that_never_ends_is_no_plan(capsys, tmp_path, monkeypatch):
+    (tmp_path / "trace.csv").write_text("arrival_ms,prompt,output\n0,1,100000000\n")
+    monkeypatch.setattr(cli, "MOST_STEPS", 1000)
+    assert cli.main(["plan", str(tmp_path / "trace.csv")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "trace.csv: more than 1,000 steps" in line
+
+
 def test_as_a_program(tmp_path, backend):
     """`python -m numbabuf` chooses its backend by itself, in whatever folder it is started."""
     env = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}

@@ -504,6 +504,34 @@ def test_the_least_missed_graph_makes_room_first(make, graphs_take, monkeypatch)
     assert dropped == [(20, before), (8, before + 2)], "one for room, one as all that is planned is there"
 
 
+def test_a_planned_graph_gives_way_to_one_that_is_worth_more(make, graphs_take):
+    """The plan has room for four sizes, and the byte budget for two; the demand moves within the plan."""
+    manager, fn = make(max_graphs=4, prewarm_bytes=100, window=64), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    graphs_take(100)
+
+    def plan(*shares):
+        for size, count in zip((8, 50, 100), shares):
+            for _ in range(count):
+                manager.record_usage(size)
+        manager.demand  # noqa: B018  # learned: what follows is the plan until more steps come
+        manager._refitter.sizes = np.array([8, 50, 100, CAPACITY])
+
+    plan(60, 2, 2)
+    assert manager.prewarm() == (8,)
+    plan(0, 30, 31)
+    manager.prewarm()
+    manager.synchronize()
+    manager.prewarm()
+    assert in_service(manager) == [100, CAPACITY] and manager.prediction().graph_bytes == 100
+    before = manager.prediction().closed
+    plan(0, 31, 32)  # nearly as before: nothing changes any more
+    for _ in range(3):
+        assert manager.prewarm() == ()
+    assert manager.prediction().closed == before and in_service(manager) == [100, CAPACITY]
+    run(manager, [3, 70, 200])
+
+
 def test_the_first_graph_keeps_to_the_budget_too_and_is_tried_once_a_plan(make, graphs_take):
     manager, fn = make(prewarm_bytes=99), Doubler()
     manager.capture_buckets(fn, [CAPACITY])

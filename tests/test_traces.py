@@ -121,6 +121,8 @@ GOOD = '{"timestamp": 0, "input_length": 1, "output_length": 1}\n'
 
 
 DAMAGE = [  # contents, line, reason
+    ("arrival_ms,prompt,output\n1,1_0,3\n", 2, "prompt must be a whole number; found '1_0'"),
+    ("arrival_ms,prompt,output\n1_0,1,3\n", 2, "arrival_ms must be a number of milliseconds; found '1_0'"),
     ("", None, "holds no request"),
     ("\n \n", None, "holds no request"),
     (HEADER, None, "holds no request"),
