@@ -9,12 +9,13 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from . import _cuda
+from .checks import whole_number
 from .memory import Block
 from .moves import BLOCKS, Move, Mover
 from .spec import BufferSpec, Tier
@@ -65,9 +66,9 @@ def calibrate(
     Parameters
     ----------
     sizes : sequence of int
-        Bytes of the moves measured, increasing.
+        Bytes of the moves measured, in any order.
     counts : sequence of int
-        Numbers of thread blocks tried, increasing.
+        Numbers of thread blocks tried, in any order.
     repeats
         Samples of each, of which the least counts.
     seconds_of
@@ -80,6 +81,8 @@ def calibrate(
 
     Raises
     ------
+    ValueError, TypeError
+        `sizes` or `counts` is empty, or an item of them or `repeats` is not a whole number >= 1.
     TierFullError
         Or the driver's error, if the largest size cannot be allocated in either memory.
 
@@ -87,6 +90,8 @@ def calibrate(
     -----
     Takes about a second on a GPU. In the simulator the result says nothing, and is not recorded.
     """
+    sizes, counts = _whole_numbers("sizes", sizes), _whole_numbers("counts", counts)
+    repeats = whole_number("repeats", repeats, least=1)
     measure = seconds_of or _seconds_of
     source, target = (Block(BufferSpec(max(sizes), "uint8", tier), max(sizes)) for tier in (Tier.PINNED, Tier.DEVICE))
 
@@ -96,10 +101,10 @@ def calibrate(
         measure(mover, moves)  # compiles the kernel, makes stream and table
         return min(measure(mover, moves) for _ in range(repeats))
 
-    by_count = {count: best(max(sizes), blocks=count) for count in counts}
+    by_count = {count: best(sizes[-1], blocks=count) for count in counts}
     fewest = next(count for count in counts if by_count[count] <= 1.05 * min(by_count.values()))
     engine: int | None = None
-    for size in sorted(sizes, reverse=True):
+    for size in reversed(sizes):
         if best(size, blocks=fewest, engine_bytes=1) >= best(size, blocks=fewest):
             break
         engine = size
@@ -111,6 +116,14 @@ def calibrate(
         partial.write_text(json.dumps(asdict(tuning)) + "\n")
         partial.replace(file)  # at once: another program never reads half a file
     return tuning
+
+
+def _whole_numbers(name: str, values: Iterable[int]) -> list[int]:
+    """Return whole numbers >= 1, increasing, or say which of them is none."""
+    found = sorted({whole_number(f"{name}[{i}]", value, least=1) for i, value in enumerate(values)})
+    if not found:
+        raise ValueError(f"{name} is empty: give at least one whole number >= 1, or leave it out")
+    return found
 
 
 def _seconds_of(mover: Mover, moves: Sequence[Move]) -> float:

@@ -1168,3 +1168,15 @@ def test_lost_buffers_are_forgotten_as_others_come(make, caplog):
         pool.allocate(spec(64))
         gc.collect()
     assert len(pool._records) <= 2
+
+
+def test_the_tier_of_what_is_no_entry_of_the_pool_is_refused(make):
+    pool, other = make(), make()
+    entry = pool.allocate(spec(64))
+    assert pool.tier_of(entry) is Tier.DEVICE
+    with pytest.raises(TypeError, match="None is no entry of a hierarchical pool: give what its allocate returned"):
+        pool.tier_of(None)
+    with pytest.raises(ValueError, match="belongs to another pool"):
+        other.tier_of(entry)
+    entry.release()
+    assert pool.tier_of(entry) is Tier.DEVICE, "that of its spec"

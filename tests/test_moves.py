@@ -347,3 +347,21 @@ def test_calibration_runs_where_it_says_nothing(cache):
     tuning = calibration.calibrate(sizes=[256, 1024], counts=[1, 2], repeats=1)
     assert tuning.blocks in (1, 2)
     assert cache.exists() == (not SIM)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"counts": []}, "counts is empty: give at least one"),
+        ({"sizes": ()}, "sizes is empty: give at least one"),
+        ({"counts": [4, 0]}, r"counts\[1\] is 0: give a whole number >= 1"),
+        ({"sizes": [-1]}, r"sizes\[0\] is -1"),
+        ({"repeats": 0}, "repeats is 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_allocated(monkeypatch, wrong, text):
+    monkeypatch.setattr(calibration, "Block", None)
+    with pytest.raises(ValueError, match=text):
+        calibration.calibrate(**wrong)
+    with pytest.raises(TypeError, match=r"sizes\[0\] is 1.5"):
+        calibration.calibrate(sizes=[1.5])
