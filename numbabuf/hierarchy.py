@@ -19,7 +19,7 @@ from typing import Any
 
 from . import _cuda, calibration
 from .checks import whole_number
-from .errors import BusyError, CaptureError, TierFullError
+from .errors import BusyError, CaptureError, ClosedError, TierFullError
 from .memory import Ledger, Ticket, size_class
 from .moves import Mark, Move, Mover
 from .policies import Policy, make_policy
@@ -48,7 +48,7 @@ def _placed(spec: BufferSpec, tier: Tier) -> BufferSpec:
 
 def _stream_of(stream: Any) -> Any:
     """Wrap what a user calls a stream; None is the default stream, on which launches without a stream go."""
-    return _cuda.as_stream(0 if stream is None else stream)
+    return _cuda.default_stream() if stream is None else _cuda.as_stream(stream)
 
 
 class _TierLedger(Ledger):
@@ -72,6 +72,8 @@ class _TierStore(Store):
         super().__init__(_TierLedger(budgets), owner, events=events)
         self.settled = 0
         """Managed allocations whose pages the driver keeps on the host."""
+        self.life: _cuda.Lifetime | None = None
+        """That of the context that the memory was made in; None before the first is."""
         self.trims = 0
         """Times that idle memory was freed to grow."""
         self.moves = self.moves_bytes = 0
@@ -99,6 +101,8 @@ class _TierStore(Store):
         return self.grow(spec)
 
     def grow(self, spec: BufferSpec) -> Ticket:
+        if self.life is None:
+            self.life = _cuda.lifetime()
         with self.lock:  # from the look at what is free to the promise, nobody else may ask for managed memory
             managed = self.ledger.reserved[Tier.MANAGED]
             if spec.tier is Tier.MANAGED or (managed and spec.tier is Tier.DEVICE):
@@ -175,9 +179,11 @@ class HierarchicalBufferPool(SimpleBufferPool):
     uses wait for them. The host waits only for released memory that is still being read, when there is no other; for
     memory that goes back to the driver; after four batches that the device has not begun; and when a buffer's address
     is taken outside a use.
-    Devices: all of it is for one device, the one that was current when the first buffer was made. Nothing grows or
-    moves while another is current (BackendError).
-    Capture: nothing moves while a graph is captured on the device. A buffer under a live graph keeps its memory: its
+    Devices: all of it is on one device, the one that was current when the first buffer was made, and what the pool does
+    by itself runs there, whichever device is current. `use`, in which the caller launches, wants that device current
+    (BackendError).
+    Capture: a thread that captures a graph moves nothing, other threads go on; what the open capture or a live graph
+    reads or writes is not chosen to make room. A buffer under a live graph keeps its memory: its
     demotion saves the contents, and every later use first brings them back to the same address.
     Managed memory is never more than the card has free when it is asked for, however much of it is resident already:
     oversubscribed, it can hang a GPU. Where nobody knows what is free (in the simulator, under some external memory
@@ -226,15 +232,37 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """Held in every step of the pool, for its books and those of the store."""
         return self._store.lock
 
-    def _step(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """One step of the pool: the lock held, and BusyError where this thread is in the middle of one already."""
-        return self._turns.take(self._lock, self, what)
+    @contextlib.contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        """One step of the pool: the lock held, and the pool's device current, whichever the caller has.
+
+        BusyError where this thread is in the middle of one already, ClosedError after the end of the context.
+        """
+        self._refuse_ended()
+        device = self._store.device  # None: no memory yet, and perhaps no device that could be made current
+        with contextlib.nullcontext() if device is None else _cuda.on_device(device):
+            with self._turns.take(self._lock, self, what):
+                yield
+
+    @property
+    def _ended(self) -> bool:
+        """Whether the pool's context is gone, and its memory, the pinned part too, with it."""
+        life = self._store.life
+        return life is not None and life.ended
+
+    def _refuse_ended(self) -> None:
+        """Raise ClosedError if the context that the pool's memory was made in was closed or reset."""
+        if self._ended:
+            raise ClosedError(
+                f"{self!r} lost its memory when its context was closed (cuda.close(), or a reset of the context or the "
+                "device), and so did its entries: make a new pool"
+            )
 
     @property
     def _mover(self) -> Mover:
         """What moves, made at the first need."""
         if self._made_mover is None:
-            with self._lock:
+            with self._lock, _cuda.on_device(self._store.device):
                 if self._made_mover is None:
                     tuning = calibration.recorded()
                     self._made_mover = Mover(blocks=tuning.blocks, engine_bytes=tuning.engine_bytes)
@@ -250,7 +278,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
-        wrapped = None if stream is None else _cuda.as_stream(stream)
+        if stream is not None:
+            wrapped = _cuda.as_stream(stream)
+        else:  # the default stream, which goes without saying where all threads have one
+            wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
         try:
             return self._serve(spec, wrapped)
         except Exception as error:  # it ends here, as in `_TierStore.grow_or_free`
@@ -402,6 +433,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
         down, buffers coming up.
         """
         chosen = self._mine(entries)
+        self._refuse_ended()
+        _cuda.one_device(self._store.device, self)  # the caller's work is for the device that is current
         wrapped = _stream_of(stream)
         lease = _Lease(chosen, wrapped, _cuda.capturing())
         try:
@@ -410,7 +443,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 self._begin_use(lease, write=write, in_place=in_place)
             yield [entry._held[0].block.device_view() for entry in chosen]
         finally:
-            if self._turns.mine:  # by a finaliser, or refused
+            if self._ended:
+                lease.claims.close()
+            elif self._turns.mine:  # by a finaliser, or refused
                 self._turns.later(functools.partial(self._end_use, lease))
             else:
                 with self._store.ending(), self._step("the end of a use"):
@@ -758,6 +793,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
             keys.discard(record.key)
         self._drop_copy(record)
         self._leave_home(record)
+        if self.closed and self._made_mover is not None:
+            record.mark = None
+            self._made_mover.spare.clear()  # as in `Mover.close`
 
     def _leave_home(self, record: Record) -> None:
         home, record.home = record.home, None
@@ -777,7 +815,6 @@ class HierarchicalBufferPool(SimpleBufferPool):
             return
         if _cuda.capturing():
             raise CaptureError("buffers cannot move while a graph is captured: promote() or demote() them before it")
-        _cuda.one_device(self._store.device, self)
         plan: list[tuple[TieredEntry, Ticket, bool]] = []  # entry, its next ticket, whether that was made for it
         with self._claimed([entry for entry, _ in wanted]):
             try:
@@ -902,14 +939,21 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
         Leased buffers stay valid where they are, until released. Idempotent. CaptureError while a capture is open.
         """
+        if self._ended:  # nothing is left to free
+            self._store.closed = self._store.closed or "the pool is closed: make a new one"
+            return
         with self._step("close"):
             self._store.refuse_capture("close")
             for record in list(self._records.values()):
                 self._drop_copy(record)
+            mover = None if self.closed else self._made_mover  # closed in a forked child, it is the parent's
             super().close()
+            if mover is not None:
+                mover.close()
 
     def _disown(self) -> None:
         super()._disown()
+        self._store.life, self._turns = None, Turns()
         self._records.clear()
         self._gone.clear()
         for keys in (self._homes, *self._places.values()):

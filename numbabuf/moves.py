@@ -6,6 +6,7 @@ batch is queued. Sits above `pool`, below `hierarchy`.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ BLOCKS = 16
 """Thread blocks of a launch where nothing was calibrated: enough bytes in flight for a PCIe bus by Little's law
 (16 x 256 threads x 64 bytes = 256 KiB; 25 GB/s x 2 us = 50 KB), few enough to leave most of a card to its work."""
 THREADS = 256
+_compiled: set[int] = set()  # devices that have the kernel
 _PIECES_PER_BLOCK = 4
 _LEAST_PIECE, _LARGEST_PIECE = 16 << 10, 256 << 10  # bytes; a block's threads have 16 KiB in flight at a time
 
@@ -199,6 +201,7 @@ class Mover:
                 )
                 _cuda.copy(target, source, self.stream)
             if len(table):
+                self._compile()
                 self._launch(turn, table)
             mark = Mark(self.stream, self.spare)
         except BaseException:
@@ -214,6 +217,28 @@ class Mover:
     def synchronize(self) -> None:
         """Block the host until all moves are done."""
         self.stream.synchronize()
+
+    def close(self) -> None:
+        """Wait for all moves and let go of the tables and events, here and now.
+
+        What dies in a cycle Numba destroys in whatever thread the collector runs, context or none.
+        """
+        self.synchronize()
+        self._readers = [None] * len(self._readers)
+        self._tables = [None] * len(self._tables)
+        self.spare.clear()
+
+    def _compile(self) -> None:
+        """Compile and load the kernel, by a launch that copies nothing, and collect what the compiler leaves.
+
+        It leaves exceptions in cycles, and those keep every frame below them, which here hold blocks about to be freed
+        and the caller's own locals: until the next collection, which in a server that turned it off never comes.
+        """
+        device = _cuda.device_id()
+        if device not in _compiled:
+            _cuda.launch(kernels.copy_many, 1, 1, self.stream, 0, 0)
+            gc.collect()
+            _compiled.add(device)
 
     def _launch(self, turn: int, table: np.ndarray) -> None:
         # The kernel reads its table in place. A table written again while an earlier launch may still read it would

@@ -99,8 +99,10 @@ class TieredEntry(BufferEntry):
     def _fix(self) -> None:
         block = self._block("used")
         pool = block.pool()
-        if pool is not None and not self._record.fixed:
-            pool._fix(self)
+        if pool is not None:
+            pool._refuse_ended()
+            if not self._record.fixed:
+                pool._fix(self)
 
     @property
     def tier(self) -> Tier:
@@ -157,6 +159,9 @@ class TieredEntry(BufferEntry):
             self._end(None, stream)
             return
         self._refuse_leased()
+        if pool._ended:  # the memory is gone, and the books of the pool with it
+            self._held.clear()
+            return
         wrapped = None if stream is None else _cuda.as_stream(stream)
         if pool._turns.mine:
             pool._turns.later(functools.partial(self._end_late, pool, wrapped))
