@@ -604,6 +604,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 if entry.tier is not entry.spec.tier:
                     self._store.refuse_closed()
                     self._refuse_busy(entry)
+                    self._refuse_bound(entry)
                     self._transfer([(entry, entry.spec.tier)])
                 _cuda.require()
                 if record.mark is not None:
@@ -651,6 +652,14 @@ class HierarchicalBufferPool(SimpleBufferPool):
         if entry._record.uses > 1:
             raise BusyError(f"{entry!r} cannot move: a use of it is open; leave its with block first")
 
+    def _refuse_bound(self, entry: TieredEntry) -> None:
+        """Refuse to bring up what a graph reads in place: it would go on reading where the contents were."""
+        if entry._held[0].block.pinned_by_graph:
+            raise BusyError(
+                f"{entry!r} cannot come up: a live graph, or a capture that is open, uses it where it is; close the "
+                "graph first"
+            )
+
     # ------------------------------------------------------------------------------------------------------- pressure
 
     def _bring_up(self, entries: Sequence[TieredEntry], *, insist: bool, judge: bool) -> int:
@@ -664,11 +673,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
         for entry in entries:
             must = insist or (judge and entry._record.home is not None)
             if entry.tier is not Tier.DEVICE:
+                bound = entry._held[0].block.pinned_by_graph
                 if must:
                     self._refuse_busy(entry)
+                    self._refuse_bound(entry)
                     if _cuda.capturing():
                         raise CaptureError(f"{entry!r} must move to device memory: promote() it before the capture")
-                if not entry._record.fixed and entry._record.uses == 1 and not _cuda.capturing():
+                if not entry._record.fixed and entry._record.uses == 1 and not bound and not _cuda.capturing():
                     wanted.append(entry)
         refused = 0
         if not wanted:

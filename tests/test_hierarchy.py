@@ -501,6 +501,96 @@ def test_nothing_moves_during_a_capture(make, stream, capture):
     assert (read(pool, below, stream) == 1).all()
 
 
+def test_what_a_graph_reads_in_place_stays_there(make, stream, capture):
+    pool = make(device=2048)
+    entry = pool.allocate(spec(1024, Tier.PINNED))
+    write(pool, entry, 1, stream)
+    pool.demote([entry])
+    stream.synchronize()
+    graph = capture(pool, entry, 2)
+    assert entry.tier is Tier.PINNED
+    for insisting in (lambda: pool.promote([entry]), lambda: pool.use([entry], in_place=False).__enter__()):
+        with pytest.raises(BusyError, match="close the graph first"):
+            insisting()
+    with pool.use([entry], stream=stream, write=False):
+        graph.launch_on(stream.core)
+    assert entry.tier is Tier.PINNED and (read(pool, entry, stream) == 2).all()
+    graph.close()
+    pool.promote([entry])
+    assert entry.tier is Tier.DEVICE and (read(pool, entry, stream) == 2).all()
+
+
+@contextlib.contextmanager
+def capturing_elsewhere(work=lambda stream: None):
+    """Another thread has a capture open meanwhile, in which it has called `work`."""
+    open_, over, failed = threading.Event(), threading.Event(), []
+
+    def run():
+        try:
+            mine = _cuda.as_stream(None)
+            open_capture = _cuda.Capture(mine)
+            open_capture.begin()
+            try:
+                work(mine)
+                open_.set()
+                assert over.wait(60)
+            finally:
+                open_capture.abort()
+        except BaseException as error:
+            failed.append(error)
+            open_.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert open_.wait(60)
+        assert not failed
+        yield
+    finally:
+        over.set()
+        thread.join(60)
+    assert not failed
+
+
+def test_a_capture_refuses_nothing_to_other_threads(make, stream):
+    pool = make(device=4096)
+    a, b = pool.allocate(spec(1024)), pool.allocate(spec(1024))
+    write(pool, a, 1, stream)
+    write(pool, b, 2, stream)
+    with capturing_elsewhere():
+        pool.demote([a])
+        with pool.use([b], stream=stream) as (array,):
+            _cuda.launch(set_all, 1, 1, stream, array, 3)
+        more = pool.allocate(spec(512, Tier.PINNED))
+        pool.prefetch([more])
+        pool.reserve([spec(256, Tier.PINNED)])
+        assert a.tier is Tier.PINNED and a.address, "brought back, for it was asked for in device memory"
+        assert a.tier is Tier.DEVICE and pool.stats().promotions >= 1
+        more.release()
+        pool.trim(0)
+    pool.unfix([a])
+    assert (read(pool, a, stream) == 1).all() and (read(pool, b, stream) == 3).all()
+
+
+def test_what_another_threads_capture_uses_stays_where_it_is(make, stream):
+    pool = make(device=2048, policy="lru")
+    bound, loose = pool.allocate(spec(1024)), pool.allocate(spec(1024))
+    write(pool, bound, 1, stream)
+    write(pool, loose, 2, stream)
+
+    def launch(mine):
+        with pool.use([bound], stream=mine) as (array,):
+            _cuda.launch(set_all, 1, 1, mine, array, 9)
+
+    with capturing_elsewhere(launch):
+        write(pool, loose, 2, stream)
+        address = bound._held[0].block.address
+        more = pool.allocate(spec(1024))  # pressure, which takes the colder of two but for the capture
+        assert (bound.tier, loose.tier) == (Tier.DEVICE, Tier.PINNED) and bound._held[0].block.address == address
+    more.release()
+    assert (read(pool, bound, stream) == 1).all() and (read(pool, loose, stream) == 2).all()
+
+
 @pytest.mark.parametrize("last", ["lease", "capture"])
 def test_a_capture_begun_within_a_lease(make, stream, capture, last):
     """The end of the lease marks nothing then: the event would become part of the graph."""
@@ -1180,3 +1270,50 @@ def test_the_tier_of_what_is_no_entry_of_the_pool_is_refused(make):
         other.tier_of(entry)
     entry.release()
     assert pool.tier_of(entry) is Tier.DEVICE, "that of its spec"
+
+
+ENDED = """
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from numba import cuda
+from numbabuf import BufferSpec, ClosedError, HierarchicalBufferPool, Tier, _cuda
+pool = HierarchicalBufferPool(device_bytes=4096, pinned_bytes=16384)
+tiers = Tier.DEVICE, Tier.PINNED, Tier.PINNED
+device, fixed, pinned = (pool.allocate(BufferSpec(1024, "uint8", tier)) for tier in tiers)
+assert fixed.array.size == 1024
+pool.promote([pinned])
+lease = pool.use([device])
+lease.__enter__()
+cuda.close() if _cuda.SIM else cuda.current_context().reset()  # with memory in use Numba's own close() fails
+spec = BufferSpec(64)
+for call in (
+    lambda: pool.allocate(spec), lambda: pool.use([device]).__enter__(), lambda: pool.promote([device]),
+    lambda: pool.demote([device]), lambda: pool.prefetch([device]), lambda: pool.reserve([spec]), pool.stats,
+    pool.check, lambda: pool.trim(0), pool.clear, lambda: pool.unfix([device]), lambda: fixed.array,
+    lambda: fixed.address, lambda: device.device_array, lambda: pinned.__cuda_array_interface__,
+):
+    try:
+        call()
+    except ClosedError as error:
+        assert "context was closed" in str(error), error
+    else:
+        raise AssertionError("not refused")
+lease.__exit__(None, None, None)
+device.release()
+pool.close()
+pool.close()
+pinned.release()
+with HierarchicalBufferPool(device_bytes=4096, pinned_bytes=16384) as another:
+    with another.allocate(spec) as entry, another.use([entry]) as (array,):
+        array.copy_to_host()
+    another.demote([])
+    another.check()
+"""
+
+
+def test_after_the_end_of_its_context_a_pool_says_so_and_closes_quietly():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ENDED], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

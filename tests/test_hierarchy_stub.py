@@ -1,16 +1,19 @@
 """HierarchicalBufferPool on the stand-in driver: in lazy mode, where a missing wait shows as wrong data, and with every
 driver call failed in turn."""
 
+import contextlib
+import gc
 import logging
 import threading
+import weakref
 
 import numpy as np
 import pytest
 from test_hierarchy_stateful import STEPS, Churn, bytes_of, may_leave, ramp, random_step, set_index
 
-from numbabuf import _cuda, hierarchy
+from numbabuf import _cuda, hierarchy, moves
 from numbabuf._cuda import cuda
-from numbabuf.errors import BackendError
+from numbabuf.errors import BackendError, TierFullError
 from numbabuf.hierarchy import HierarchicalBufferPool
 from numbabuf.spec import BufferSpec, Tier
 
@@ -351,3 +354,161 @@ def test_a_thread_that_never_called_the_driver_may_have_a_moved_buffer(stub, wha
     assert not failed
     entry.release()
     pool.close()
+
+
+# ------------------------------------------------------------------------------------------------ what the driver holds
+
+
+@pytest.fixture
+def no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_the_driver_never_holds_more_than_the_budget(stub, no_collector):
+    """Groups of two sizes take turns, so that every turn frees idle blocks; no error, no cycle keeps any of them."""
+    mib, budget = 1 << 20, 8 << 20
+    with HierarchicalBufferPool(device_bytes=budget, pinned_bytes=8 * budget) as pool:
+        before = stub.live()["device"][1]
+        groups = [
+            [pool.allocate(BufferSpec(size + 1000 * i, "uint8")) for i in range(8 * mib // size - 1)]
+            for size in (mib, 2 * mib)
+        ]
+        for turn in range(6):
+            with pool.use(groups[turn % 2], in_place=False):
+                held = stub.live()["device"][1] - before
+                assert held == pool._store.ledger.reserved[Tier.DEVICE] <= budget, turn
+            with pytest.raises(TierFullError):
+                pool.use([*groups[0], *groups[1]], in_place=False).__enter__()
+        for entry in (*groups[0], *groups[1]):
+            entry.release()
+    _cuda.flush_pending_frees()
+    assert stub.live()["device"][1] == before
+
+
+def test_a_callers_locals_end_with_the_caller(stub, no_collector, monkeypatch):
+    """A kernel that is compiled, a move that makes room, a request that is refused: none keeps a frame."""
+    monkeypatch.setattr(moves, "_compiled", set())
+    pool = HierarchicalBufferPool(device_bytes=4096, pinned_bytes=8192)
+    entries = [pool.allocate(BufferSpec(size, "uint8")) for size in (4096, 2048, 1024)]
+
+    class Mine:
+        pass
+
+    def caller(call):
+        mine = Mine()
+        seen.append(weakref.ref(mine))
+        with contextlib.suppress(TierFullError):
+            call()
+
+    seen = []
+    for entry in (*entries, *entries):
+        caller(lambda entry=entry: pool.use([entry], in_place=False).__enter__())
+        caller(lambda: pool.promote(entries))
+        caller(lambda: pool.allocate(BufferSpec(1 << 20, "uint8")))
+    assert not [ref for ref in seen if ref() is not None]
+
+
+# --------------------------------------------------------------------------------------------------------- two devices
+
+
+@pytest.fixture
+def two():
+    """A pool of device 0, with a buffer in each of two tiers, and device 1 current when the test runs."""
+    with cuda.gpus[0]:
+        pool = HierarchicalBufferPool(device_bytes=2048, pinned_bytes=16384)
+        entries = [pool.allocate(BufferSpec(1024, "uint8")) for _ in range(3)]
+        for number, entry in enumerate(entries):
+            with pool.use([entry], in_place=False) as (array,):
+                array.copy_to_device(np.full(1024, number, np.uint8))
+    yield pool, entries
+    with cuda.gpus[0]:
+        for number, entry in enumerate(entries):
+            with pool.use([entry], in_place=False, write=False) as (array,):
+                assert (array.copy_to_host() == number).all()
+            entry.release()
+        pool.check()
+        pool.close()
+
+
+@pytest.mark.devices
+def test_moves_run_on_the_pools_device_whichever_is_current(two):
+    pool, entries = two
+    with cuda.gpus[1]:
+        pool.demote([entry for entry in entries if entry.tier is Tier.DEVICE])
+        pool.promote(entries[:1])
+        pool.prefetch(entries[1:2])
+        more = pool.allocate(BufferSpec(1024, "uint8"))
+        assert entries[2].address and cuda.current_context().device.id == 1
+        pool.unfix(entries)
+        more.release()
+        pool.reserve([BufferSpec(512, "uint8", Tier.PINNED)])
+        pool.trim(0)
+        pool.check()
+    assert pool.stats().promotions > 1
+
+
+@pytest.mark.devices
+def test_a_use_with_another_device_current_is_refused_and_changes_nothing(two):
+    pool, entries = two
+    before = [entry.tier for entry in entries]
+    with cuda.gpus[1], pytest.raises(BackendError, match="device 1 is current"):
+        pool.use(entries[:1]).__enter__()
+    assert [entry.tier for entry in entries] == before and all(entry.movable for entry in entries)
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("where", ["device 1", "a new thread", "after a with"])
+def test_the_end_of_a_use_leaves_events_of_the_pools_device_alone(two, where):
+    pool, entries = two
+
+    def end(lease):
+        if where == "a new thread":
+            thread = threading.Thread(target=lease.__exit__, args=(None, None, None))
+            thread.start()
+            thread.join()
+        else:
+            with cuda.gpus[1]:
+                if where == "device 1":
+                    lease.__exit__(None, None, None)
+            lease.__exit__(None, None, None) if where == "after a with" else None
+
+    for entry in (*entries, *entries):
+        with cuda.gpus[0]:
+            lease = pool.use([entry], stream=_cuda.as_stream(None), in_place=False)
+            lease.__enter__()
+        end(lease)
+    with cuda.gpus[0]:
+        for entry in entries:
+            with pool.use([entry], stream=_cuda.as_stream(None), in_place=False):
+                pass
+
+
+@pytest.mark.devices
+def test_a_pool_on_the_second_device_works_from_threads_without_one():
+    with cuda.gpus[1]:
+        pool = HierarchicalBufferPool(device_bytes=1024, pinned_bytes=16384)
+        entries = [pool.allocate(BufferSpec(1024, "uint8")) for _ in range(3)]
+    failed = []
+
+    def work():
+        try:
+            for entry in entries:
+                pool.promote([entry])
+            entries.pop().release()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
+    with cuda.gpus[1]:
+        for entry in entries:
+            with pool.use([entry], in_place=False) as (array,):
+                array.copy_to_host()
+            entry.release()
+        pool.check()
+        pool.close()
