@@ -121,8 +121,10 @@ class BufferSpec:
         except ValueError:
             raise ValueError(f"tier {tier!r} is unknown; use one of {', '.join(t.value for t in Tier)}") from None
         nbytes = math.prod(shape) * resolved.itemsize
-        if nbytes >= 1 << 62:
-            raise ValueError(f"shape {shape} of {resolved} is {nbytes} bytes, beyond any address space")
+        # An array without elements has strides all the same, and NumPy and Numba compute them as if it had some.
+        span = math.prod(max(1, extent) for extent in shape) * resolved.itemsize
+        if span >= 1 << 62:
+            raise ValueError(f"shape {shape} of {resolved} spans {span} bytes, beyond any address space")
         put = object.__setattr__
         put(self, "shape", shape)
         put(self, "dtype", resolved)

@@ -608,17 +608,16 @@ def test_a_pool_grows_on_no_other_device(kind, tier, elsewhere):
         pool.reserve([spec, spec])
 
 
-def test_buffers_move_on_no_other_device(elsewhere):
+def test_buffers_are_used_on_no_other_device(elsewhere):
     with hierarchy() as pool:
         entry = pool.allocate(BufferSpec(64, "uint8"))
-        pool.reserve([BufferSpec(64, "uint8", Tier.PINNED)])  # so that nothing has to grow
         before = pool.stats()
         with elsewhere(), pytest.raises(BackendError, match="is on device 0, and device 1 is current"):
-            pool.demote([entry], tier=Tier.PINNED)
-        assert pool.stats() == before and entry.tier is Tier.DEVICE
+            pool.use([entry]).__enter__()
+        assert pool.stats() == before and entry.movable and entry.use_count == 0
         pool.check()
-        pool.demote([entry], tier=Tier.PINNED)
-        assert entry.tier is Tier.PINNED
+        with pool.use([entry]):
+            pass
 
 
 def test_a_manager_does_on_no_other_device_what_a_stream_cannot_carry(elsewhere):

@@ -106,3 +106,9 @@ def test_reprs_read_as_what_was_asked():
     assert repr(BufferSpec(4)) == "BufferSpec(4, float32)"
     assert repr(BufferSpec((4, 2), "int8", Tier.PINNED)) == "BufferSpec((4, 2), int8, pinned)"
     assert [state.value for state in BufferState] == ["free", "allocated", "staged", "in_use"]
+
+
+def test_an_empty_shape_has_strides_too():
+    with pytest.raises(ValueError, match="beyond any address space"):
+        BufferSpec((0, 1 << 40, 1 << 40))
+    assert BufferSpec((0, 1 << 40)).size_bytes == 0
