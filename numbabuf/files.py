@@ -25,7 +25,7 @@ __all__ = ["MOST_BYTES", "allowance", "array_names", "expand", "read_arrays", "r
 MOST_BYTES = 1 << 30
 """Largest file that is read, and the most that a compressed one may expand to."""
 
-_FREELY = 64 << 20
+_FREELY = 32 << 20
 """Bytes that any compressed file may expand to."""
 
 _RATIO = 100

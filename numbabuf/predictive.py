@@ -156,6 +156,9 @@ class PredictiveBufferManager(InputBufferManager):
         self._reserved: Counter[BufferSpec] = Counter()  # buffers that the pool may still hold because of prewarming
         self._worker: threading.Thread | None = None
         self._stopping = threading.Event()
+        self.refusal_observer: Callable[[int], None] | None = None
+        """Called with the number of tokens of each step that is refused for its size, if the slots could hold it. The
+        manager's lock is held: it must not use the manager, nor wait. What it raises is logged."""
         self.observer = self._note = _noter(self._recent, 2 * self._keep, self._count_older)
         try:
             self._demand.claim(self)  # last: a manager that could not be made owns nothing
@@ -243,6 +246,11 @@ class PredictiveBufferManager(InputBufferManager):
         self._refusals += 1
         if size <= self.max_tokens:  # what no slot can hold, no graph will serve
             self._note(size)
+            if self.refusal_observer is not None:
+                try:
+                    self.refusal_observer(size)
+                except Exception as error:  # the refusal is what is raised
+                    _log.warning("the refusal observer of %r failed on a step of %d tokens: %r", self, size, error)
 
     def predict_next_sizes(self, n: int = 3) -> list[int]:
         """Return at most `n` sizes worth having ready for the next steps, the best first."""

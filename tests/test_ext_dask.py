@@ -18,7 +18,7 @@ from kit import LAUNCH, log_row, to_device, to_host
 
 from numbabuf import _cuda
 from numbabuf.demand import DemandModel
-from numbabuf.errors import BusyError, ClosedError
+from numbabuf.errors import BucketOverflowError, BusyError, ClosedError
 from numbabuf.ext import dask as ext
 from numbabuf.ext.dask import Fleet, worker_manager
 from numbabuf.manager import InputBufferManager
@@ -75,6 +75,23 @@ def test_own_steps_are_kept_apart(held):
     replay(held.manager, 7)
     assert [size for _, size in DemandModel(**held.own_demand()).seen] == [3, 5, 3, 7]
     assert sorted(size for _, size in held.manager.demand.seen) == [7] + [40] * 10
+
+
+def test_a_refused_step_is_shared_and_survives_the_exchange():
+    def small(pool):
+        manager = PredictiveBufferManager(pool, 1, CAPACITY, max_graphs=3, demand=DemandModel(window=256))
+        manager.capture_buckets(lambda step: None, [4])
+        return manager
+
+    held = ext._Held(small, SimpleBufferPool)
+    for _ in range(40):
+        with pytest.raises(BucketOverflowError):
+            held.manager.replay({"input_ids": np.ones(9, np.int64)}, 9)
+    own = held.own_demand()
+    assert [size for _, size in DemandModel(**own).seen] == [9] * 40
+    assert 9 in held.adopt(own)
+    held.manager.replay({"input_ids": np.ones(9, np.int64)}, 9)
+    held.close()
 
 
 def test_a_step_of_no_tokens_is_no_demand(held):

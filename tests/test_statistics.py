@@ -146,3 +146,15 @@ def test_refused_sizes_are_demand_and_prewarming_serves_them():
         assert [size for _, size in manager.demand.seen] == [7] * 40
         assert 7 in manager.prewarm()
         manager.replay({"x": np.arange(7)}, 7)
+
+
+def test_a_refusal_observer_that_fails_hides_no_refusal(caplog):
+    def observer(size):
+        raise ZeroDivisionError("mine")
+
+    with PredictiveBufferManager(None, 1, CAPACITY, buckets=[4]) as manager:
+        manager.refusal_observer = observer
+        with pytest.raises(BucketOverflowError):
+            manager.stage_inputs({}, 9)
+        assert manager.prediction().unserved == 1 and len(manager.demand) == 1
+    assert "on a step of 9 tokens: ZeroDivisionError('mine')" in caplog.text

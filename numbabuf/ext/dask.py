@@ -131,8 +131,8 @@ class Fleet:
         -----
         Call it from time to time. A worker's steps count once, however often this is called; what a worker did that has
         died since its last exchange is lost, what it did before counts as long as it is among the newest. Workers that
-        start later take the last merged demand over. Steps reported by `record_usage` alone are not shared. A manager
-        that predicts nothing is counted, and captures nothing.
+        start later take the last merged demand over. Steps that a manager refused for their size are shared, those
+        reported by `record_usage` alone are not. A manager that predicts nothing is counted, and captures nothing.
         Cost: a round trip, the learning of a window of steps and, in each worker, `prewarm`.
         """
         self._known |= {address: DemandModel(**packed) for address, packed in self._ask("own_demand").items()}
@@ -291,13 +291,18 @@ class _Held:
         self._own: deque[tuple[float, int]] = deque(maxlen=self._settings["window"])
         before, own = self.manager.observer, self._own
 
-        def observe(size: int) -> None:
+        def note(size: int) -> None:
             if size > 0:
                 own.append((clock(), size))
+
+        def observe(size: int) -> None:
+            note(size)
             if before is not None:
                 before(size)
 
         self.manager.observer = observe
+        if self._predicting is not None and self._predicting.refusal_observer is None:
+            self._predicting.refusal_observer = note  # what was refused for want of a graph is demand above all
 
     @property
     def _predicting(self) -> PredictiveBufferManager | None:
