@@ -145,6 +145,7 @@ class PredictiveBufferManager(InputBufferManager):
         self._keep = max(4096, 4 * self._demand.window)  # the newest of them that are learned; the others are counted
         self._older: Counter[int] = Counter()  # size -> steps that were too many to be learned
         self._counting = threading.Lock()
+        self._midway = False  # whether the thread that learns is in the middle of it
         self._refusals = 0  # steps refused for their size
         # One thread learns or prewarms at a time; taken before every other lock, and again by a function that asks.
         self._learning = threading.RLock()
@@ -280,23 +281,31 @@ class PredictiveBufferManager(InputBufferManager):
 
     def _learn(self) -> None:
         """Feed the steps since the last time to the models."""
-        began = self._clock()
-        recent = self._recent
-        with self._counting:
-            older, self._older = self._older, Counter()
-        for size, steps in older.items():
-            self._score(size, steps)
-        for _ in range(len(recent)):  # not those that come meanwhile: they may come faster than they are learned
-            try:
-                size = recent.popleft()
-            except IndexError:
-                break  # a step counts older ones meanwhile
-            self._score(size, 1)
-            if size < 1:
-                continue  # a step without tokens asks for nothing
-            self._demand.observe(size)
-            self._refitter.observe(size)
-        self._model_seconds += self._clock() - began
+        # `_learning` lets its own thread in again, as a captured function may ask for what was learned. In the middle
+        # of this, though, it is a signal handler or a clock that asks, and a step taken here would be learned by neither.
+        if self._midway:
+            raise BusyError("this thread is learning a step's demand: ask when the call that learns it has returned")
+        self._midway = True
+        try:
+            began = self._clock()
+            with self._counting:
+                older, self._older = self._older, Counter()
+            for size, steps in older.items():
+                self._score(size, steps)
+            recent = self._recent
+            for _ in range(len(recent)):  # not those that come meanwhile: they may come faster than they are learned
+                try:
+                    size = recent.popleft()
+                except IndexError:
+                    break  # a step counts older ones meanwhile
+                self._score(size, 1)
+                if size < 1:
+                    continue  # a step without tokens asks for nothing
+                self._demand.observe(size)
+                self._refitter.observe(size)
+            self._model_seconds += self._clock() - began
+        finally:
+            self._midway = False
 
     def _score(self, size: int, steps: int) -> None:
         """Count steps of one size as hits or misses of the last forecast."""
@@ -601,13 +610,16 @@ class PredictiveBufferManager(InputBufferManager):
             if self._capturer == threading.get_ident():
                 self._check_no_capture("the manager cannot be closed")
         self.stop()
-        super().close()
-        self._demand.let_go(self)
+        try:
+            super().close()
+        finally:
+            if self.closed:
+                self._demand.let_go(self)
 
     def _disown(self) -> None:
         super()._disown()
         self._learning, self._worker = threading.RLock(), None  # threads do not survive a fork
-        self._counting = threading.Lock()
+        self._counting, self._midway = threading.Lock(), False
 
     def _close_graphs(self) -> None:
         super()._close_graphs()

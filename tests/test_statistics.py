@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kit import LAUNCH, log_row, to_device
 
-from numbabuf import BucketOverflowError, BufferSpec, PredictiveBufferManager
+from numbabuf import BucketOverflowError, BufferSpec, BusyError, PredictiveBufferManager
 from numbabuf.demand import DemandModel
 
 CAPACITY, BUCKETS, GRAPHS, KNOWN = 24, (4, 8, 16), (4, 8), (2, 5, 9, 24)
@@ -158,3 +158,22 @@ def test_a_refusal_observer_that_fails_hides_no_refusal(caplog):
             manager.stage_inputs({}, 9)
         assert manager.prediction().unserved == 1 and len(manager.demand) == 1
     assert "on a step of 9 tokens: ZeroDivisionError('mine')" in caplog.text
+
+
+def test_what_asks_in_the_middle_of_learning_is_refused_and_no_step_is_lost():
+    """As a signal handler asks; here the model's clock does."""
+    refused = []
+
+    def clock():
+        for ask in (manager.prediction, lambda: manager.predict_next_sizes(1), lambda: manager.adopt(DemandModel())):
+            with pytest.raises(BusyError, match="when the call that learns it has returned"):
+                ask()
+            refused.append(ask)
+        return 0.0
+
+    model = DemandModel(clock=clock)
+    with PredictiveBufferManager(None, 1, CAPACITY, demand=model) as manager:
+        for size in (3, 5, 7):
+            manager.record_usage(size)
+        assert [size for _, size in manager.demand.seen] == [3, 5, 7]
+        assert len(refused) == 9 and manager.demand is model
