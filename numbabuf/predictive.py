@@ -282,7 +282,7 @@ class PredictiveBufferManager(InputBufferManager):
     def _learn(self) -> None:
         """Feed the steps since the last time to the models."""
         # `_learning` lets its own thread in again, as a captured function may ask for what was learned. In the middle
-        # of this, though, it is a signal handler or a clock that asks, and a step taken here would be learned by neither.
+        # of this, though, it is a signal handler or a clock that asks, and a step taken here would be learned by none.
         if self._midway:
             raise BusyError("this thread is learning a step's demand: ask when the call that learns it has returned")
         self._midway = True
