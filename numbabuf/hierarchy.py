@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from . import _cuda, calibration
@@ -61,6 +61,10 @@ class _TierLedger(Ledger):
     def limit(self, tier: Tier) -> int | None:
         return self._budgets[tier]
 
+    def set_limit(self, tier: Tier, nbytes: int) -> None:
+        """Change the budget of a tier; what is reserved fits it already."""
+        self._budgets[tier] = nbytes
+
     def sharing(self, tier: Tier) -> tuple[Tier, ...]:
         return (tier,)
 
@@ -70,6 +74,7 @@ class _TierStore(Store):
 
     def __init__(self, budgets: dict[Tier, int], owner: Callable[[], Any], events: int) -> None:
         super().__init__(_TierLedger(budgets), owner, events=events)
+        self.ledger: _TierLedger
         self.settled = 0
         """Managed allocations whose pages the driver keeps on the host."""
         self.life: _cuda.Lifetime | None = None
@@ -132,6 +137,35 @@ class _TierStore(Store):
         return room + sum(block.nbytes for block in blocks if block.tier is tier)
 
 
+class Limits(MutableMapping[Tier, int]):
+    """The budgets of a hierarchical pool in bytes, by tier. Assigning an item changes a budget."""
+
+    __slots__ = ("_pool",)
+
+    def __init__(self, pool: HierarchicalBufferPool) -> None:
+        self._pool = pool
+
+    def __getitem__(self, tier: Tier) -> int:
+        limit = self._pool._store.ledger.limit(Tier(tier))
+        assert limit is not None
+        return limit
+
+    def __setitem__(self, tier: Tier, nbytes: int) -> None:
+        self._pool._set_limit(tier, nbytes)
+
+    def __delitem__(self, tier: Tier) -> None:
+        raise TypeError("every tier of a hierarchical pool has a limit: assign another, or 0")
+
+    def __iter__(self) -> Iterator[Tier]:
+        return iter(ORDER)
+
+    def __len__(self) -> int:
+        return len(ORDER)
+
+    def __repr__(self) -> str:
+        return f"<Limits {', '.join(f'{tier.value}: {nbytes}' for tier, nbytes in self.items())}>"
+
+
 class _Lease:
     """What a `use` holds until its end.
 
@@ -157,8 +191,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
     Parameters
     ----------
     device_bytes, managed_bytes, pinned_bytes
-        Budget of each tier in bytes, never exceeded. Device memory is for what is in use, the others for the rest:
-        give pinned memory at least what all buffers need together.
+        Budget of each tier in bytes, never exceeded; `limits` changes it. Device memory is for what is in use, the
+        others for the rest: give pinned memory at least what all buffers need together.
     policy : {"frequency", "lru"} or Policy
         What goes first under pressure, and what is worth letting in. "frequency" is decayed uses x cost of a move /
         bytes, guarded by recency (`policies.Guarded`). A Policy serves one pool.
@@ -268,6 +302,70 @@ class HierarchicalBufferPool(SimpleBufferPool):
                     self._made_mover = Mover(blocks=tuning.blocks, engine_bytes=tuning.engine_bytes)
         return self._made_mover
 
+    # -------------------------------------------------------------------------------------------------------- limits
+
+    @property
+    def limits(self) -> Limits:
+        """Budget of each tier in bytes: ``pool.limits[Tier.DEVICE] = 2 << 30``, or a mapping for some of the tiers.
+
+        Below what is reserved, idle memory is freed first, then the coldest buffers are demoted.
+
+        Raises
+        ------
+        TierFullError
+            What is in use, fixed or under graphs does not fit the new limit, or the tiers below have no room for what
+            would have to go; the limit stays.
+        CaptureError
+            Memory would have to be freed, and this thread captures a graph.
+        TypeError, ValueError
+            The tier is unknown, or the limit no whole number >= 0.
+        """
+        return Limits(self)
+
+    @limits.setter
+    def limits(self, limits: Mapping[Tier, int]) -> None:
+        if not isinstance(limits, Mapping):
+            raise TypeError(f"limits is {limits!r}: give a mapping of tiers to bytes, or assign limits[Tier.DEVICE]")
+        for tier, nbytes in limits.items():
+            self._set_limit(tier, nbytes)
+
+    def _set_limit(self, tier: Tier, nbytes: int) -> None:
+        tier = Tier(tier)
+        nbytes = whole_number(f"limits[{tier}]", nbytes)
+        store = self._store
+        with self._step("limits"):
+            store.refuse_closed()
+            if store.ledger.reserved[tier] > nbytes:
+                store.refuse_capture("a lower limit")
+                self._shrink(tier, nbytes)
+            store.ledger.set_limit(tier, nbytes)
+            if tier is Tier.DEVICE:
+                self.policy.resize(nbytes)
+
+    def _shrink(self, tier: Tier, nbytes: int) -> None:
+        """Bring what is reserved in a tier down to `nbytes`; TierFullError where it cannot come so low."""
+        store = self._store
+        self._sweep()
+        store.settle()
+        idle = sum(ticket.block.nbytes for ticket in store.idle() if ticket.block.tier is tier)
+        pending = sum(block.nbytes for block in store.pending() if block.tier is tier)
+        missing = store.ledger.reserved[tier] - nbytes - idle - pending
+        if missing > 0:
+            if tier is Tier.PINNED:
+                self._drop_copies(missing)
+            else:
+                self._evict(self._victims(tier, missing))
+        if pending or missing > 0:
+            store.finish_pending()
+        store.free_idle(store.ledger.reserved[tier] - nbytes, (tier,))
+        _cuda.flush_pending_frees()
+        if store.ledger.reserved[tier] > nbytes:
+            raise TierFullError(
+                f"{nbytes} bytes are too few for {tier.value} memory: {store.ledger.reserved[tier]} are in use, fixed "
+                f"or under graphs, or have no room below; the limit stays at {store.ledger.limit(tier)}. Release or "
+                "unfix() buffers, or raise the limit of a tier below, first"
+            )
+
     # ---------------------------------------------------------------------------------------------------- allocation
 
     def allocate(self, spec: BufferSpec, *, stream: Any = None) -> TieredEntry:
@@ -333,7 +431,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             if not self._make_room(spec.tier, spec.size_bytes):
                 raise TierFullError(
                     f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
-                    "free, and not enough of the rest can move. Release buffers, or raise the budget"
+                    f"free, and not enough of the rest can move. Release buffers, or raise limits[{spec.tier}]"
                 )
             ticket, kind = store.find(spec, stream)
         if ticket is None:
@@ -705,7 +803,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 raise TierFullError(
                     f"{entry!r} does not fit device memory: its {need} bytes, the budget of "
                     f"{self._store.ledger.limit(Tier.DEVICE)} and what cannot be moved leave {room}. Leave other uses "
-                    "first, ask for fewer buffers at once, or raise device_bytes"
+                    "first, ask for fewer buffers at once, or raise limits[Tier.DEVICE]"
                 )
             refused += fits
             room -= sum(victim._held[0].block.nbytes for victim in going)

@@ -71,6 +71,9 @@ class Policy(ABC):
         """Drop all that is known of `key`; an unknown key is no error."""
         self.ranks.pop(key, None)
 
+    def resize(self, budget_bytes: int) -> None:  # noqa: B027  # most policies have no use for the budget
+        """Take note of another device budget."""
+
     def coldest(self, keys: Iterable[int]) -> Iterator[int]:
         """Yield `keys`, the one to give up first at the start; those never used come before all others.
 
@@ -204,6 +207,13 @@ class Ghost:
             self._leave(key)
         self.policy.forget(key)
 
+    def resize(self, budget_bytes: int) -> None:
+        """Change the budget; what does not fit it any more goes, coldest first, at no cost."""
+        self.free_bytes += budget_bytes - self.budget_bytes
+        self.budget_bytes = budget_bytes
+        while self.free_bytes < 0:
+            self._leave(self._line[0][1])
+
     def _victims(self, nbytes: int) -> list[int]:
         victims: list[int] = []
         missing = nbytes - self.free_bytes
@@ -268,6 +278,11 @@ class Guarded(Policy):
         for i, ghost in enumerate(self._ghosts):
             self._recent[i] = self._recent[i] * self._decay + ghost.use(key, nbytes, write=write)
         self._chosen = self._recent.index(min(self._recent))
+
+    def resize(self, budget_bytes: int) -> None:
+        """Change what the ghosts may hold."""
+        for ghost in self._ghosts:
+            ghost.resize(budget_bytes)
 
     def rank(self, key: int, nbytes: int) -> float:
         """Not asked: the two policies rank."""

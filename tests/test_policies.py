@@ -215,3 +215,16 @@ def test_a_users_policy_needs_a_rank_only():
     policy.touch(1, 10)
     policy.touch(2, 20)
     assert list(policy.coldest([1, 2])) == [2, 1] and policy.admits(1, [2])
+
+
+def test_a_ghost_follows_its_budget():
+    ghost = Ghost(LRU(), 300)
+    for key in (1, 2, 3):
+        ghost.use(key, 100)
+    ghost.resize(150)
+    assert list(ghost.in_order()) == [3] and ghost.free_bytes == 50
+    ghost.resize(0)
+    assert list(ghost.in_order()) == [] and ghost.free_bytes == 0
+    ghost.resize(200)
+    ghost.use(1, 100)
+    assert list(ghost.in_order()) == [1] and ghost.free_bytes == 100
