@@ -134,6 +134,8 @@ def replace(path: str | os.PathLike[str], data: bytes) -> None:
     partial = os.path.join(os.path.dirname(target), f".numbabuf-{secrets.token_hex(8)}")
     try:
         with open(partial, "xb") as file:
+            if os.path.exists(target):  # as private as it was
+                os.chmod(partial, stat.S_IMODE(os.stat(target).st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -141,6 +141,15 @@ def test_a_link_stays_a_link_and_what_it_names_is_replaced(tmp_path):
     assert sorted(tmp_path.rglob("*.npz")) == [target, link]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such modes here")
+def test_a_private_file_stays_private(tmp_path):
+    path = tmp_path / "model.npz"
+    DemandModel().save(path)
+    path.chmod(0o600)
+    DemandModel().save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
 def test_a_save_that_fails_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "model.npz"
     DemandModel(seen=[(0.0, 3)]).save(path)

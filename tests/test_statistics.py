@@ -177,3 +177,52 @@ def test_what_asks_in_the_middle_of_learning_is_refused_and_no_step_is_lost():
             manager.record_usage(size)
         assert [size for _, size in manager.demand.seen] == [3, 5, 7]
         assert len(refused) == 9 and manager.demand is model
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_history_of_prewarming_is_counted_as_it_was(seed):
+    random = np.random.default_rng(seed)
+    log, row = to_device(np.zeros((1, CAPACITY), np.int64)), to_device(np.zeros(1, np.int64))
+    failing, calls = set(), Counter()
+
+    def fn(step):
+        calls[step.bucket["tokens"]] += 1
+        if step.bucket["tokens"] in failing:
+            raise RuntimeError("no")
+        log_row[(*LAUNCH, step.stream)](step["x"], log, row)
+
+    with PredictiveBufferManager(None, 1, CAPACITY, default_slots=False, max_graphs=3) as manager:
+        manager.register_slot("x", BufferSpec(CAPACITY, "int64"))
+        manager.capture_buckets(fn, [CAPACITY])
+        manager.synchronize()
+        before = Counter(manager.stats().buckets)
+        warm, used, ran = {}, Counter(), Counter()  # number of a warmed graph -> its size; steps of it; steps by size
+        present, warmed, closed, failures = {}, 0, 0, 0  # size -> number of the warmed graph that serves it
+        for at in range(12):
+            middle = int(random.integers(1, CAPACITY))
+            for _ in range(40):
+                size = min(CAPACITY, middle + int(random.integers(0, 3)))
+                manager.replay({"x": np.ones(size, np.int64)}, size)
+                bucket = min(known for known in (*present, CAPACITY) if known >= size)
+                ran[bucket] += 1
+                if bucket in present:
+                    used[present[bucket]] += 1
+            manager.synchronize()
+            failing = {min(CAPACITY - 1, middle + int(random.integers(0, 3))) for _ in range(at % 3)}
+            calls.clear()
+            captured = manager.prewarm()
+            failures += sum(calls[size] > 0 for size in failing - set(captured))
+            for size in captured:
+                warm[warmed] = size
+                present[size] = warmed
+                warmed += 1
+            served = {graph.sizes[0] for graph in manager._service} - {CAPACITY}
+            closed += len(present.keys() - served)
+            present = {size: number for size, number in present.items() if size in served}
+            found = manager.prediction()
+            assert served == set(present)
+            assert (found.warmed, found.closed, found.failures) == (warmed, closed, failures)
+            assert found.warmed_unused == sum(used[number] == 0 for number in warm)
+            assert manager.stats().graphs == 1 + len(present)
+            assert Counter(manager.stats().buckets) - before == ran
+        assert warmed and closed and failures, "the history had everything in it"
