@@ -78,7 +78,9 @@ class InputBufferManager:
     -----
     Memory is allocated at the first step, `get_slot(name).array` or capture, not when slots are registered: all slots
     are carved from one device allocation, all staging blocks from one pinned one.
-    Threads: any thread may call any method; steps are serialised by one lock. Streams: everything is queued on
+    Threads: any thread may call any method; steps are serialised by one lock. A call from within another one in the
+    same thread (an input's ``__array__``, a signal handler, a finaliser, `each` of a split step) raises BusyError and
+    changes nothing; `stats` and the slots' arrays may be read there. Streams: everything is queued on
     `stream`; outputs are ready after `synchronize` or for work queued on it. Capture: steps are refused inside one.
     Devices: a manager is on its stream's device. What is more than a replay (memory, captures, fills without a graph)
     is refused while another device is current in the calling thread.
@@ -128,7 +130,8 @@ class InputBufferManager:
         self._device = self._stream.device
         self._own_pool = pool is None
         self._pool: BufferPool = SimpleBufferPool() if pool is None else pool
-        self._life: Any = None  # the Lifetime of the context that the memory is in; Any, because every step asks
+        with _cuda.on_device(self._device):
+            self._life = _cuda.lifetime()  # of the context that the stream, and later the memory, is in
         self._why_closed = ""
         self._lock = threading.RLock()
         self._inside = self._lock._is_owned  # type: ignore[attr-defined]  # as threading.Condition asks it
@@ -288,12 +291,17 @@ class InputBufferManager:
             )
 
     def _check_open(self) -> None:
-        if self._life is not None and self._life.ended and not self.closed:
+        if self._life.ended and not self.closed:
             self._bury()
         if self.closed:
             raise ClosedError(self._why_closed or "the manager is closed: make a new one")
         if self._pool.closed:
             raise ClosedError("the manager's pool was closed under it: close the manager first, then its pool")
+
+    def _check_context(self) -> None:
+        """Refuse what a closed manager allows and one whose context is gone cannot do."""
+        if self._life.ended:
+            self._check_open()
 
     def _check_movable(self, what: str) -> None:
         """Refuse to move the slots' memory from under anybody who counts on where it lies."""
@@ -336,7 +344,6 @@ class InputBufferManager:
             )
         self._limits, self._choices = settle(self._axes, self._static, self._bucket_lists, self.max_tokens)
         arena = Arena(self._pool, self._static, self._depth, self._stream, self._generation + 1, self._kept)
-        self._life = _cuda.lifetime()
         self._arena, self._ring, self._generation = arena, arena.ring, arena.generation
         if self._kept is not None:
             self._kept.release()
@@ -415,7 +422,9 @@ class InputBufferManager:
         -----
         The inputs may be overwritten as soon as this returns. The views hold this step until the next one is staged.
         """
-        with self._alone("stage_inputs"):
+        if self._inside():  # as `_alone`, which costs more
+            self._refuse_inside("stage_inputs")
+        with self._lock:
             self._ready()
             live = self._begin_step(num_tokens, sizes)
             target = self._fill_for(live)
@@ -444,7 +453,7 @@ class InputBufferManager:
         return live_sizes(self._axes, num_tokens, sizes)
 
     def _refuse_capture(self) -> None:
-        if _cuda.capturing():
+        if _captures and _cuda.capturing():
             raise CaptureError(
                 "host inputs cannot be staged inside a capture: the graph's own fill reads them at replay"
             )
@@ -542,7 +551,10 @@ class InputBufferManager:
             def finish(lease: Lease, how: str, each: Any) -> Any:
                 with self._alone("the end of a lease"):
                     if how != "discard":
+                        self._check_open()
                         self._refuse_capture()
+                    if how == "fill" and round_up(self._choices, live)[0] not in self._fills:
+                        _cuda.one_device(self._device, self)  # what is refused leaves the lease open
                     lease.expire()  # here, as two threads may end it at once, and `close` too
                     self._lease = None
                     if how == "discard":
@@ -634,14 +646,15 @@ class InputBufferManager:
             raise CaptureError("this thread already has a capture open: end it before beginning another")
         if wait and self._capturer == get_ident():
             raise CaptureError("this thread is capturing with this manager: a captured function cannot capture others")
-        if not self._capturing.acquire(blocking=wait):
+        capturing = self._capturing  # a forked child gets another lock, and leaves this one
+        if not capturing.acquire(blocking=wait):
             raise BusyError("another thread captures")
         try:
             self._capturer = get_ident()
             yield
         finally:
             self._capturer = None
-            self._capturing.release()
+            capturing.release()
 
     def capture_buckets(
         self,
@@ -760,7 +773,8 @@ class InputBufferManager:
         each : callable, optional
             With `overflow` "split": called as ``each(result, start, stop)`` after each piece of a step that was split
             is queued, the moment to queue what reads its result, which the next piece overwrites. Other threads' steps
-            wait meanwhile; it must not capture, nor wait for a thread that uses this manager.
+            wait meanwhile; it must not wait for a thread that uses this manager, and its own calls of it raise
+            BusyError.
         **sizes : int
             The step's other sizes.
 
@@ -860,14 +874,16 @@ class InputBufferManager:
     def close_graphs(self) -> None:
         """Wait for all steps, then destroy every captured graph and let its operands go."""
         with self._alone("close_graphs"):
+            self._check_context()
             self._check_no_capture("graphs cannot be closed")
             self._close_graphs()
 
     def _close_graphs(self) -> None:
-        if self._service or self._service.leaving:
-            self.synchronize()
-        self._service.close()
-        self._function = None
+        with _cuda.on_device(self._device):
+            if self._service or self._service.leaving:
+                self.synchronize()
+            self._service.close()
+            self._function = None
 
     # ------------------------------------------------------------------------------------------------------- the end
 
@@ -877,8 +893,7 @@ class InputBufferManager:
             raise CaptureError(
                 "synchronize was called inside a captured function, which no graph can hold: wait after the replay"
             )
-        if self._life is not None and self._life.ended:
-            self._check_open()
+        self._check_context()
         with _cuda.on_device(self._device):  # this thread may never have called the driver, or have no context left
             self._stream.synchronize()
 
@@ -888,6 +903,7 @@ class InputBufferManager:
         The next step allocates anew, at other addresses and with zeroed slots.
         """
         with self._alone("release_all"):
+            self._check_context()
             self._check_no_lease()
             self._check_no_capture("graphs cannot be closed")
             self._release_all()
@@ -910,7 +926,7 @@ class InputBufferManager:
         if self.closed:
             return
         with self._alone("close"):
-            if self._life is not None and self._life.ended:
+            if self._life.ended:
                 self._bury()
                 return
             self._check_no_capture("the manager cannot be closed")
@@ -919,8 +935,13 @@ class InputBufferManager:
                 self._lease = None
             try:
                 self._release_all()
-            except Exception:  # the context is gone: no other attempt would end better
-                self.closed = True
+            except Exception as error:
+                if _cuda.is_capture_error(error):  # of somebody else's capture in this thread; nothing has changed
+                    raise CaptureError(
+                        f"the manager cannot be closed while this thread captures a stream ({error}): it is still "
+                        "open, close it after the capture"
+                    ) from error
+                self.closed = True  # the context is gone: no other attempt would end better
                 raise
             self.closed = True
             self._capture_stream = None
@@ -937,6 +958,10 @@ class InputBufferManager:
         if self._lease is not None and self._lease.open:
             self._lease.expire()
         self._service.abandon()
+        for arena in (self._arena, self._kept):
+            with contextlib.suppress(Exception):  # the pool's context is gone too: it only counts them as given back
+                if arena is not None:
+                    arena.release()
         self._lease = self._arena = self._ring = self._kept = self._capture_stream = None
         self._fills = {}
         if self._own_pool:
@@ -984,7 +1009,8 @@ class InputBufferManager:
         AssertionError
             Slots overlap, a graph was captured over other memory, or host and device disagree about the steps.
         """
-        with self._lock:
+        with self._alone("check"):
+            self._check_context()
             self._service.check()
             assert all(graph.generation == self._generation for graph in (*self._service, *self._fills.values()))
             if self._ring is None:
@@ -998,7 +1024,8 @@ class InputBufferManager:
 
     def _repr_html_(self) -> str:
         slots = [(slot.name, str(slot.spec), slot.axis or "whole", str(slot.pad)) for slot in self.slots]
-        at = self._ring  # once: another thread may give the memory back meanwhile
+        # Once: another thread may give the memory back meanwhile. Nor is memory read that went with its context.
+        at = None if self._life.ended else self._ring
         ring = html.squares(at.pending, self._depth, names=("staged", "free")) if at else ""
         return html.card(
             repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
@@ -1009,7 +1036,8 @@ def check_function(fn: Any) -> None:
     """Refuse what cannot be captured: no function, or one whose call runs none of its code."""
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
-    if inspect.iscoroutinefunction(fn) or inspect.isgeneratorfunction(fn):
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(kind(code) for kind in kinds for code in (fn, type(fn).__call__)):
         raise TypeError(f"fn is {fn!r}, whose call runs none of its code: give a function without async or yield")
 
 

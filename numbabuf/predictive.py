@@ -439,7 +439,6 @@ class PredictiveBufferManager(InputBufferManager):
 
     def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any], planned: list[int]) -> str:
         """Capture one size and put it in service; return why not, counted where that failed, else nothing."""
-        before = _cuda.memory_info()
         try:
             with contextlib.ExitStack() as stack:
                 try:  # a capture that is waited for may itself wait for what this thread is learning
@@ -453,6 +452,7 @@ class PredictiveBufferManager(InputBufferManager):
                     rehearsal = self._recording(sizes, dry=True)
                 with rehearsal as step:
                     fn(step)
+                before = _cuda.memory_info()  # after the code is loaded, which stays when the graph is closed
                 with self._lock:
                     recording = self._recording(sizes)
                 with recording as step:

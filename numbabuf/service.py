@@ -110,10 +110,13 @@ class Service:
 
     def retire(self, graph: CapturedStep) -> None:
         """Close a graph whose replays are done, keeping its counts."""
+        self._count(graph)
+        graph.close()
+
+    def _count(self, graph: CapturedStep) -> None:
         past = self._past.setdefault(graph.sizes[0], [0, 0])
         past[0] += graph.steps
         past[1] += graph.live
-        graph.close()
 
     def close(self) -> None:
         """Close every graph; the caller has waited for the stream."""
@@ -123,8 +126,11 @@ class Service:
             self.retire(graph)
 
     def abandon(self) -> None:
-        """Forget every graph: the context is gone, and the driver has destroyed them with it."""
+        """Forget every graph, keeping the counts: the context is gone, and the driver has destroyed them with it."""
+        graphs = [*self._graphs, *(graph for _, graph in self.leaving)]
         self._serve([], [], [])
+        for graph in graphs:
+            self._count(graph)
 
     def counts(self, others: Iterable[CapturedStep]) -> dict[int, tuple[int, int]]:
         """Return (steps, live tokens) per bucket of tokens, smallest first: all graphs ever, and `others`."""

@@ -1,5 +1,7 @@
 """A manager in a program that has more: steps within steps, other threads' captures, contexts that come and go."""
 
+import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -102,7 +104,12 @@ def by_pieces(step):
     yield step
 
 
-@pytest.mark.parametrize("fn", [later, by_pieces])
+class Later:
+    async def __call__(self, step):
+        pass
+
+
+@pytest.mark.parametrize("fn", [later, by_pieces, Later()])
 def test_a_function_whose_call_runs_nothing_is_refused(fn):
     with make() as manager, pytest.raises(TypeError, match="without async or yield"):
         manager.capture_buckets(fn)
@@ -268,9 +275,9 @@ def test_a_manager_whose_context_was_closed_says_so(kind):
     program = f"""
 import numpy as np, threading
 from numba import cuda
-from numbabuf import BufferSpec, ClosedError, {kind}
-def make():
-    m = {kind}(None, 1, 8, default_slots=False, buckets=[8])
+from numbabuf import BufferSpec, ClosedError, SimpleBufferPool, {kind}
+def make(pool=None):
+    m = {kind}(pool, 1, 8, default_slots=False, buckets=[8])
     m.register_slot("x", BufferSpec(8, "int64"))
     m.capture_buckets(lambda step: None)
     m.replay({{"x": np.arange(3)}}, 3)
@@ -279,19 +286,26 @@ def make():
 old = make()
 lease = old.stage(3)
 lease.discard()
+pool = SimpleBufferPool()
+bare, lent = {kind}(None, 1, 8), make(pool)
 try:
     cuda.close()
 except Exception:  # Numba's own frees come behind the end of the context
     pass
 for call in (lambda: old.replay({{"x": np.arange(3)}}, 3), lambda: old.stage_inputs({{}}, 0), lambda: old.stage(3),
-             old.synchronize, lambda: old.capture_buckets(lambda step: None), lambda: old.get_slot("x").array):
+             old.synchronize, lambda: old.capture_buckets(lambda step: None), lambda: old.get_slot("x").array,
+             old.close_graphs, old.release_all, old.check, lambda: old.register_slot("y", BufferSpec(8)),
+             lambda: old.capture(8).__enter__(), lambda: bare.stage_inputs({{}}, 0), bare.get_static_tensors):
     try:
         call()
     except ClosedError as error:
         assert "context" in str(error), error
     else:
         raise AssertionError("not refused")
-old.close()
+assert "closed" in old._repr_html_() and "staged" not in lent._repr_html_(), "pinned memory is read no more"
+assert old.stats().steps == 1
+for manager in (old, bare, lent):
+    manager.close()
 new = make()
 assert new.get_slot("x").array.copy_to_host()[:4].tolist() == [0, 1, 2, 0]
 new.close()
@@ -299,6 +313,7 @@ print("right")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.stdout == "right\n", done.stdout + done.stderr
+    assert "released" not in done.stderr, done.stderr
 
 
 @pytest.mark.real
@@ -330,7 +345,7 @@ def test_the_per_thread_default_stream_is_refused():
 @pytest.mark.parametrize("act", ["stage_inputs", "stage", "capture", "capture_buckets", "prewarm"])
 def test_what_is_refused_on_another_device_changes_nothing(act):
     if len(cuda.gpus) < 2:
-        pytest.skip("one device is here")
+        pytest.skip("fewer than two devices")
     with cuda.gpus[0]:
         manager = make(PredictiveBufferManager)
         assert manager.get_slot("x").array.size == 8
@@ -359,6 +374,87 @@ def test_what_is_refused_on_another_device_changes_nothing(act):
         attempt()
         manager.synchronize()
         manager.close()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("act", ["close_graphs", "release_all", "synchronize", "check", "close"])
+def test_what_a_manager_ends_it_ends_on_its_own_device(act):
+    if len(cuda.gpus) < 2:
+        pytest.skip("fewer than two devices")
+    with cuda.gpus[0]:
+        manager = make()
+        out = capture(manager)
+        assert steps(manager, out) == [1, 2, 3, 0]
+        manager.stage_inputs({}, 0)
+    with cuda.gpus[1]:
+        getattr(manager, act)()
+        assert cuda.get_current_device().id == 1
+    with cuda.gpus[0]:
+        if act != "close":
+            out = capture(manager)
+            assert steps(manager, out) == [1, 2, 3, 0]
+            manager.check()
+        manager.close()
+
+
+@pytest.mark.real
+def test_a_lease_that_another_device_refuses_stays_open():
+    if len(cuda.gpus) < 2:
+        pytest.skip("fewer than two devices")
+    with cuda.gpus[0]:
+        manager = make()
+        lease = manager.stage(3)
+        lease["x"][:] = [4, 5, 6]
+    with cuda.gpus[1], pytest.raises(BackendError, match="device"):
+        lease.fill()
+    with cuda.gpus[0]:
+        lease.fill()
+        manager.synchronize()
+        assert manager.get_slot("x").array.copy_to_host()[:4].tolist() == [4, 5, 6, 0]
+        manager.close()
+
+
+@pytest.mark.real
+def test_a_close_that_a_foreign_capture_refuses_leaves_the_manager_open():
+    from cuda.core import Device
+
+    manager = make()
+    out = capture(manager)
+    assert steps(manager, out) == [1, 2, 3, 0]
+    builder = Device().create_stream().create_graph_builder()
+    builder.begin_building("thread_local")
+    try:
+        with pytest.raises(CaptureError, match="still open"):
+            manager.close()
+    finally:
+        with contextlib.suppress(Exception):  # the wait has ended it, as it ends any capture of its thread
+            builder.end_building()
+        with contextlib.suppress(Exception):
+            builder.close()
+    assert not manager.closed and steps(manager, out) == [1, 2, 3, 0]
+    manager.close()
+    assert manager.closed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_leaves_a_capture_by_its_exit():
+    """In a process of its own, as a child of the test process would go on with the tests."""
+    program = """
+import os, sys
+from numbabuf import InputBufferManager
+manager = InputBufferManager(None, 1, 8)
+manager.stage_inputs({}, 0)
+with manager.capture(8):
+    child = os.fork()
+    if child == 0:
+        sys.exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+manager.replay({}, 1)
+manager.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "RuntimeError" not in done.stderr, done.stderr
 
 
 def test_a_closed_manager_says_so():
