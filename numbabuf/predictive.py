@@ -215,7 +215,7 @@ class PredictiveBufferManager(InputBufferManager):
         self._note(whole_number("num_tokens", num_tokens, least=1, most=self.max_tokens))
 
     def _count_older(self) -> None:
-        """Count the oldest steps by size instead of keeping them: once in `_keep` steps, where nothing learns."""
+        """Count all but the newest `_keep` steps by size instead of keeping them."""
         # Without waiting: another thread, or a step that this one was interrupted in, is doing it.
         if not self._counting.acquire(blocking=False):
             return
@@ -288,6 +288,7 @@ class PredictiveBufferManager(InputBufferManager):
         self._midway = True
         try:
             began = self._clock()
+            self._count_older()  # at most `_keep` are learned at once
             with self._counting:
                 older, self._older = self._older, Counter()
             for size, steps in older.items():
