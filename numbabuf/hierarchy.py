@@ -374,6 +374,17 @@ class HierarchicalBufferPool(SimpleBufferPool):
         Room is made by demoting what the policy finds coldest; no lease is waited for. Parameters and errors are those
         of `SimpleBufferPool.allocate`; TierFullError means that no tier from the spec's downwards has room.
         """
+        # Hot path: a hit without a stream asks the driver for nothing.
+        if stream is None and not _cuda.PER_THREAD:
+            self._turns.refuse_mine(self, "allocate")
+            self._refuse_ended()
+            try:
+                ticket = self._hot[spec].pop()
+            except (KeyError, IndexError, TypeError):
+                pass
+            else:
+                ticket.block.generation += 1
+                return self._turns.run(self._lock, self._enlist, ticket, spec)
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         if stream is not None:
@@ -536,7 +547,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         wrapped = _stream_of(stream)
         lease = _Lease(chosen, wrapped, _cuda.capturing())
         try:
-            with self._step("use"):
+            with self._turns.take(self._lock, self, "use"):
                 self._store.refuse_closed()
                 self._begin_use(lease, write=write, in_place=in_place)
             yield [entry._held[0].block.device_view() for entry in chosen]

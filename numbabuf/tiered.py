@@ -163,11 +163,14 @@ class TieredEntry(BufferEntry):
             self._held.clear()
             return
         wrapped = None if stream is None else _cuda.as_stream(stream)
+        record = self._record
         if pool._turns.mine:
             pool._turns.later(functools.partial(self._end_late, pool, wrapped))
             return
+        if stream is None and self._held[0].block.plain and record.copy is None and record.home is None:
+            pool._turns.run(pool._lock, self._end, pool, None)  # hot path: the driver is asked for nothing
+            return
         with pool._step("release"):
-            self._refuse_leased()
             self._end(pool, wrapped)
 
     def _refuse_leased(self) -> None:
@@ -179,6 +182,7 @@ class TieredEntry(BufferEntry):
             self._end(pool, stream)
 
     def _end(self, pool: Any, stream: Any) -> None:
+        self._refuse_leased()
         self.array = None  # for the base, which deletes it
         try:
             super().release(stream=stream)
