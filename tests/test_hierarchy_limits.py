@@ -6,6 +6,7 @@ import pytest
 from numbabuf import _cuda
 from numbabuf.errors import CaptureError, ClosedError, TierFullError
 from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.policies import LRU
 from numbabuf.spec import BufferSpec, Tier
 
 
@@ -122,3 +123,51 @@ def test_a_limit_cannot_fall_in_a_capture_but_can_rise(pool):
     pool.close()
     with pytest.raises(ClosedError):
         pool.limits[Tier.DEVICE] = 1
+
+
+def test_a_policy_is_told_of_the_device_limit(pool):
+    told = []
+
+    class Told(LRU):
+        def resize(self, budget_bytes):
+            told.append(budget_bytes)
+
+    with HierarchicalBufferPool(device_bytes=4096, pinned_bytes=8192, policy=Told()) as pool:
+        pool.limits = {Tier.PINNED: 4096, Tier.DEVICE: 2048}
+    assert told == [2048]
+
+
+# ------------------------------------------------------------------------------------------------------- reservation
+
+
+def test_reserve_demotes_what_is_cold(pool):
+    entries = fill(pool, 4)
+    pool.reserve([spec(2048)])
+    assert [entry.tier for entry in entries].count(Tier.PINNED) == 2
+    before = pool.stats().misses
+    with pool.allocate(spec(2048)) as entry:
+        assert entry.tier is Tier.DEVICE and pool.stats().misses == before
+    release(pool, entries)
+
+
+def test_what_was_reserved_earlier_is_kept_while_others_can_go(pool):
+    entries = fill(pool, 4)
+    for size in (512, 256, 128):
+        pool.reserve([spec(size)])
+    before = pool.stats().misses
+    held = [pool.allocate(spec(size)) for size in (512, 256, 128)]
+    assert pool.stats().misses == before and all(entry.tier is Tier.DEVICE for entry in held)
+    pool.reserve([spec(512)])
+    for entry in held:
+        entry.release()
+    release(pool, entries)
+
+
+def test_a_reservation_that_cannot_be_met_demotes_nothing(pool):
+    entries = fill(pool, 4)
+    with pytest.raises(TierFullError, match="do not fit"):
+        pool.reserve([spec(4096), spec(1024)])
+    assert all(entry.tier is Tier.DEVICE for entry in entries)
+    with pytest.raises(TypeError, match="reserve was given 5"):
+        pool.reserve([5])
+    release(pool, entries)

@@ -122,3 +122,14 @@ def test_a_use_that_fails_counts_nothing():
         assert pool.stats() == before and all(entry.use_count == 0 for entry in entries)
         for entry in entries:
             entry.release()
+
+
+def test_a_scope_follows_a_buffer_to_memory_of_another_capacity():
+    """1000 bytes take 1024 of the device, and exactly what there is of pinned memory."""
+    with HierarchicalBufferPool(device_bytes=4096, pinned_bytes=1000) as pool, pool.statistics() as scope:
+        entry = pool.allocate(BufferSpec(1000, "uint8"))
+        assert scope.stats().current_bytes == 1024
+        pool.demote([entry])
+        assert scope.stats().current_bytes == 1000 and scope.stats().total_bytes == 1024
+        entry.release()
+        assert (scope.stats().current_bytes, scope.stats().current_count) == (0, 0)
