@@ -152,12 +152,12 @@ def test_reserve_demotes_what_is_cold(pool):
 
 def test_what_was_reserved_earlier_is_kept_while_others_can_go(pool):
     entries = fill(pool, 4)
-    for size in (512, 256, 128):
+    for size in (900, 800, 700):
         pool.reserve([spec(size)])
     before = pool.stats().misses
-    held = [pool.allocate(spec(size)) for size in (512, 256, 128)]
+    held = [pool.allocate(spec(size)) for size in (900, 800, 700)]
     assert pool.stats().misses == before and all(entry.tier is Tier.DEVICE for entry in held)
-    pool.reserve([spec(512)])
+    pool.reserve([spec(64)])
     for entry in held:
         entry.release()
     release(pool, entries)
