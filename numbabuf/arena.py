@@ -137,10 +137,9 @@ class Arena:
         same = block.padded is padded
         block.padded = None
         found = 0
-        try:
-            get = inputs.get
-        except AttributeError:
-            raise _no_mapping(inputs) from None
+        if type(inputs) is not dict and not isinstance(inputs, Mapping):
+            raise _no_mapping(inputs)  # a queue has a `get` too
+        get = inputs.get
         for axis, extra, room, slots in self._groups:
             rows = live[axis] + extra if axis >= 0 else extra
             shape = (rows,) if rows <= room else None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ClosedError
+from .overflow import check_each
 from .slot import InputSlot
 from .staging import Block
 
@@ -67,6 +68,11 @@ class Lease:
             if name not in self._rows:
                 raise KeyError(f"{name!r} is no static slot; there are {', '.join(self._rows)}")
             slot, rows = self._rows[name]
+            if rows > slot.capacity:
+                raise ValueError(
+                    f"slot {name!r} holds {slot.capacity} rows; this step has {rows}: leave it out, or register a "
+                    "larger slot"
+                )
             if rows * slot.width > slot.max_live:
                 raise ValueError(
                     f"slot {name!r} stages at most max_live={slot.max_live} elements a step; "
@@ -86,6 +92,8 @@ class Lease:
         A step that no graph covers is refused, run without one or split, as `InputBufferManager.replay` does it, and
         `each` is as there.
         """
+        if each is not None:
+            check_each(each)
         return self._end("replay", each)
 
     def discard(self) -> None:

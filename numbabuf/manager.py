@@ -26,7 +26,7 @@ from .checks import whole_number
 from .errors import BackendError, BucketOverflowError, BusyError, CaptureError, ClosedError, GraphMissingError
 from .graph import CapturedStep, Recording, Step
 from .lease import Lease
-from .overflow import POLICIES, cut, warn
+from .overflow import POLICIES, check_each, cut, uncut, warn
 from .pool import BufferPool, SimpleBufferPool
 from .progress import stopped, track
 from .service import Service
@@ -38,6 +38,10 @@ from .stats import ManagerStats
 __all__ = ["InputBufferManager", "check_function"]
 
 _log = logging.getLogger("numbabuf")
+MAX_SLOTS = 65_535
+"""Static slots of a manager: the largest second dimension of a grid (CUDA C++ Programming Guide, "Compute
+Capabilities")."""
+
 _this_thread = _cuda.this_thread
 _captures = _cuda.captures
 
@@ -57,7 +61,8 @@ class InputBufferManager:
         Padded sizes; a bare sequence is for the axis "tokens". Default: powers of two up to the largest size.
     overflow : {"raise", "eager", "split"}
         What a replay does with a step larger than the largest captured one: refuse it, run fill and function without a
-        graph (counted, and warned about once), or replay it in pieces along "tokens".
+        graph (counted, and warned about once), or replay it in pieces along "tokens", which serves managers whose slots
+        follow "tokens" or nothing.
     default_slots : bool
         Register ``input_ids`` and ``positions`` (int64, index, padded with 0).
     stream
@@ -220,6 +225,11 @@ class InputBufferManager:
                 max_live=max_live, range_check=self._range_check,
             )  # fmt: skip
             if slot.static:
+                if len(self._static) >= MAX_SLOTS:
+                    raise ValueError(
+                        f"slot {name!r} is one too many: a fill launches a row of thread blocks for each, of which a "
+                        f"grid has at most {MAX_SLOTS:,}; put several inputs into one slot"
+                    )
                 if slot.axis is not None and slot.extra >= slot.capacity:
                     raise ValueError(
                         f"slot {name!r}: axis {axis!r} adds {slot.extra} rows to a size; the slot holds {slot.capacity}"
@@ -537,16 +547,14 @@ class InputBufferManager:
         ------
         BusyError
             Another lease is open.
-        ValueError
-            A slot cannot hold the step.
+        BucketOverflowError
+            No slot can hold the step. What some of them cannot hold is refused when it is asked for.
         """
         with self._alone("stage"):
             self._ready()
             live = self._begin_step(num_tokens, sizes)
+            check_limits(self._axes, self._limits, self._choices, live)
             rows = {slot.name: (slot, slot.rows(live)) for slot in self._static}
-            for slot, count in rows.values():
-                if count > slot.capacity:
-                    raise ValueError(f"slot {slot.name!r} holds {slot.capacity} rows; this step has {count}")
 
             def finish(lease: Lease, how: str, each: Any) -> Any:
                 with self._alone("the end of a lease"):
@@ -800,6 +808,8 @@ class InputBufferManager:
         # Hot path, guarded by benchmarks/step.py.
         if self._inside():
             self._refuse_inside("replay")
+        if each is not None:
+            check_each(each)
         with self._lock:
             if self._ring is None or self._life.ended or self.closed or self._pool.closed or not _this_thread.ready:
                 self._ready()
@@ -824,8 +834,15 @@ class InputBufferManager:
 
     def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """A step that no captured graph covers, after the policy."""
-        if self.overflow == "split" and self._service.covering((0, *live[1:])) is not None:
-            return self._split(inputs, live, each)
+        if self.overflow == "split":
+            whole = uncut(self._static)
+            if whole is None:
+                return self._split(inputs, live, each)
+            follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis
+            raise BucketOverflowError(
+                f"{self._uncovered(live)}; overflow='split' cuts along the tokens alone, and of slot {whole.name!r}, "
+                f"which follows {follows}, every piece would get the whole"
+            )
         if self.overflow == "eager":
             return self._eager(inputs, live)
         raise self._uncovered(live)
@@ -834,7 +851,7 @@ class InputBufferManager:
         """The error for a step that no captured graph covers."""
         largest = [self._service.largest(axis) for axis in range(len(live))]
         over = [axis for axis, size in enumerate(live) if size > largest[axis]]
-        split = () if self._service.covering((0, *live[1:])) is None else ("split",)
+        split = ("split",) if uncut(self._static) is None and self.overflow != "split" else ()
         if over:  # the last of them: "split" can do something about the first, the tokens
             return self._too_large(over[-1], live, largest[over[-1]], "eager", *split)
         size, ways = dict(zip(self._axes, live, strict=True)), " or ".join(map(repr, ("eager", *split)))
@@ -855,14 +872,16 @@ class InputBufferManager:
         return self._function(target.step)
 
     def _split(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
-        """Replay a step in pieces of the largest captured number of tokens that serves its other sizes."""
-        arena, rest = self._arena, live[1:]
+        """Replay a step in pieces of the largest captured number of tokens; its slots follow tokens or nothing."""
+        arena = self._arena
         arena.refuse_others(inputs)
-        pieces = cut(inputs, live, self._service.largest(0, rest), self._static)
+        if live[0] > self._limits[0] and all(inputs.get(slot.name) is None for slot in self._static if slot.axis):
+            raise self._too_large(0, live, self._choices[0][-1])  # nothing bounds the number of pieces
+        pieces = cut(inputs, live, self._service.largest(0), self._static)
         self._overflows += 1
         result = None
         for start, stop, piece in pieces:
-            sizes = (stop - start, *rest)
+            sizes = (stop - start,)
             target = self._service.covering(sizes)
             assert target is not None
             arena.write(self._ring.acquire(), piece, sizes, target.padded)

@@ -14,10 +14,27 @@ from typing import Any
 
 from .slot import InputSlot
 
-__all__ = ["POLICIES", "cut", "warn"]
+__all__ = ["POLICIES", "check_each", "cut", "uncut", "warn"]
 
 POLICIES = ("raise", "eager", "split")
 """Refuse the step; run fill and function without a graph; replay it in pieces along the tokens."""
+
+
+def check_each(each: Any) -> None:
+    """Refuse what cannot be called after each piece."""
+    if not callable(each):
+        raise TypeError(f"each is {each!r}: give a function of (result, start, stop), or None")
+
+
+def uncut(slots: Sequence[InputSlot]) -> InputSlot | None:
+    """Return a slot that no cut along the tokens divides rightly, so that no step over `slots` may be split.
+
+    Offsets on "seqs+1", say, point into all tokens of the step; a piece that gets them all reads out of its bounds.
+    """
+    for slot in slots:
+        if slot.axis not in ("tokens", None) or slot.extra:
+            return slot
+    return None
 
 
 def cut(

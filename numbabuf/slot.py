@@ -31,6 +31,14 @@ CONVERSIONS = {
 }
 """(staged type, slot's type) -> what `fill_slots` calls the conversion."""
 
+ITEM_BYTES = (1, 2, 4, 8, 16)
+"""Element sizes that a fill moves as they are."""
+
+RESERVED = frozenset(
+    ("self", "inputs", "num_tokens", "each", "at_least", "max_padding", "timeout", "fn", "sizes", "progress", "warm_up")
+)
+"""What no axis may be called: a size is given by the name of its axis, beside these arguments."""
+
 _PAD_MODES = {"repeat_last": kernels.PAD_REPEAT, "keep": kernels.PAD_KEEP}
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:\+(\d+))?")
 
@@ -62,7 +70,7 @@ class InputSlot:
     __slots__ = (
         "_pad_words", "_resolve", "_set", "axis", "axis_index", "capacity", "checked", "columns_word", "extra", "flat",
         "index", "max_live", "name", "operation", "pad", "pad_mode", "position", "source_dtype", "source_offset",
-        "spec", "static", "target_offset", "width", "word",
+        "spec", "static", "target_offset", "unit", "width", "word",
     )  # fmt: skip
 
     def __init__(
@@ -90,9 +98,11 @@ class InputSlot:
         self.axis, self.extra = _parse_axis(name, axis)
         self.capacity = spec.shape[0]
         self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
-        self.flat = len(spec.shape) == 1
         self.source_dtype = spec.dtype if source_dtype is None else resolve_dtype(source_dtype)
         self.operation = self._find_conversion()
+        # What the kernel moves: elements of 1, 2, 4, 8 or 16 bytes, or the single bytes of any other, as of a record.
+        self.unit = 1 if spec.dtype.itemsize in ITEM_BYTES else spec.dtype.itemsize
+        self.flat = len(spec.shape) == 1 and self.unit == 1
         self.pad = pad
         self.pad_mode, self._pad_words = self._find_pad()
         elements = self.capacity * self.width
@@ -109,8 +119,6 @@ class InputSlot:
 
     def _find_conversion(self) -> int:
         source, target = self.source_dtype, self.spec.dtype
-        if target.itemsize not in (1, 2, 4, 8, 16):
-            raise TypeError(f"slot {self.name!r}: elements of {target.itemsize} bytes; use 1, 2, 4, 8 or 16")
         if source == target:
             return kernels.RAW
         found = CONVERSIONS.get((source.name, target.name))
@@ -123,6 +131,11 @@ class InputSlot:
         if isinstance(self.pad, str):
             if self.pad not in _PAD_MODES:
                 raise ValueError(f"slot {self.name!r}: pad {self.pad!r}; use a value, 'repeat_last' or 'keep'")
+            if self.pad == "repeat_last" and self.spec.dtype.itemsize not in ITEM_BYTES:
+                raise ValueError(
+                    f"slot {self.name!r}: elements of {self.spec.dtype.itemsize} bytes are padded with zeros or kept: "
+                    "use pad=0 or 'keep'"
+                )
             if self.pad == "keep" and self.index:
                 raise ValueError(
                     f"slot {self.name!r} holds indices, and pad 'keep' would leave stale ones in the padding, which "
@@ -131,6 +144,11 @@ class InputSlot:
             return _PAD_MODES[self.pad], (0, 0)
         dtype = self.spec.dtype
         given = np.asarray(self.pad)
+        if self.index and given.shape == () and given.dtype.kind in "iuf" and given < 0:
+            raise ValueError(
+                f"slot {self.name!r} holds indices, and pad {self.pad!r} is none: a kernel that follows it writes to "
+                "the last row, or out of bounds. Pad with a valid index, as of a row that nothing else uses"
+            )
         try:
             if given.shape != ():
                 raise TypeError("it is not a scalar")
@@ -146,11 +164,25 @@ class InputSlot:
                 raise TypeError("it is complex")
             with np.errstate(all="ignore"):
                 value = given.astype(dtype)
-            if given.dtype.kind in "iuf" and np.isfinite(given) and not np.isfinite(value):
+            if dtype.kind in "SU" and given.dtype.kind != dtype.kind:
+                raise TypeError("it is not a string")
+            if (
+                (dtype.kind in "fc" or is_bfloat16(dtype))
+                and given.dtype.kind in "iuf"
+                and np.isfinite(given)
+                and not np.isfinite(value)
+            ):
                 raise ValueError("it does not fit")
             raw = value.tobytes()
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"slot {self.name!r}: pad {self.pad!r} is no value of {dtype} ({error})") from None
+        if len(raw) not in ITEM_BYTES:
+            if any(raw):
+                raise ValueError(
+                    f"slot {self.name!r}: elements of {len(raw)} bytes are padded with zeros or kept: use pad=0, or "
+                    "'keep'"
+                )
+            raw = bytes(16)
         words = np.frombuffer(raw * (16 // len(raw)), np.int64)
         return kernels.PAD_VALUE, (int(words[0]), int(words[1]))
 
@@ -215,9 +247,9 @@ class InputSlot:
         row[kernels.SOURCE] = self.source_offset
         row[kernels.TARGET] = base + self.target_offset
         row[kernels.OPERATION] = self.operation
-        row[kernels.SOURCE_ITEM] = self.source_dtype.itemsize
-        row[kernels.TARGET_ITEM] = self.spec.dtype.itemsize
-        row[kernels.PITCH] = self.width
+        row[kernels.SOURCE_ITEM] = self.source_dtype.itemsize // self.unit
+        row[kernels.TARGET_ITEM] = self.spec.dtype.itemsize // self.unit
+        row[kernels.PITCH] = self.width * self.unit
         row[kernels.PAD_MODE] = self.pad_mode
         row[kernels.PAD_LOW], row[kernels.PAD_HIGH] = self._pad_words
         return row
@@ -226,8 +258,13 @@ class InputSlot:
         """Return `data` as an array, refusing one of the device, which NumPy might copy back without a word."""
         if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
             raise TypeError(
-                f"input {self.name!r} is a device array; inputs are staged from the host. Copy it yourself on the "
-                "manager's stream: manager.get_slot(name).array.copy_to_device(data, stream=manager.stream)"
+                f"input {self.name!r} is a device array; inputs are staged from the host. Give its kernels the array "
+                "itself, as an argument of their own in the captured function, or copy it to the host first, with the "
+                "work on it done: data.copy_to_host()"
+            )
+        if np.ma.is_masked(data):
+            raise TypeError(
+                f"input {self.name!r} is a masked array, and a slot has no place for its mask: give data.filled(value)"
             )
         try:
             return np.asarray(data)
@@ -315,7 +352,8 @@ class InputSlot:
 
     def describe(self, words: Any, live: int, columns: int, padded: int) -> None:
         """Write into a block's words: `live` staged rows of `columns` elements, padded to `padded` rows."""
-        at, width = self.word, self.width
+        at, width = self.word, self.width * self.unit
+        columns *= self.unit
         if self.flat or (columns == width and self.pad_mode != kernels.PAD_REPEAT):
             # One long row; for rows that are repeated as a whole the kernel has to know where they begin.
             words[at + kernels.ROWS] = words[at + kernels.PADDED_ROWS] = 1
@@ -354,5 +392,10 @@ def _parse_axis(name: str, axis: str | None) -> tuple[str | None, int]:
     if match is None:
         raise ValueError(
             f"slot {name!r}: axis {axis!r}; give a name such as 'tokens', or one with an offset such as 'seqs+1'"
+        )
+    if match[1] in RESERVED:
+        raise ValueError(
+            f"slot {name!r}: axis {axis!r} is taken, as an argument of the methods that take sizes by name; use "
+            f"another name than {', '.join(sorted(RESERVED))}"
         )
     return match[1], int(match[2] or 0)

@@ -44,7 +44,7 @@ def rich_manager(**options):
     m = InputBufferManager(
         default_slots=False, **({"max_batch_size": 4, "max_seq_len": 8, "buckets": [1, 4, 8, 32]} | options)
     )
-    m.register_slot("ids", BufferSpec(32, "int64"), pad=-1, index=True)
+    m.register_slot("ids", BufferSpec(32, "int64"), pad=3, index=True)
     m.register_slot("short", BufferSpec(32, "int32"), source_dtype="int64", pad="repeat_last")
     m.register_slot("half", BufferSpec(32, "float16"), source_dtype="float32", pad=1.5)
     m.register_slot("brain", BufferSpec(32, "bfloat16"), source_dtype="float32", pad="repeat_last")
@@ -484,7 +484,7 @@ def test_overflow_raise_names_the_remedy(manager):
 def test_a_step_that_only_several_graphs_cover_is_told_so():
     """Each of its sizes is covered, so that no size is to blame."""
     sizes = [{"tokens": 8, "seqs": 4}, {"tokens": 32, "seqs": 1}]
-    for policy, ways in (("raise", "'eager' or 'split'"), ("split", None), ("eager", None)):
+    for policy, ways in (("raise", "'eager'"), ("split", "'eager'; overflow='split' cuts along"), ("eager", None)):
         with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow=policy) as m:
             m.register_slot("lens", BufferSpec(4, "int64"), axis="seqs")
             m.capture_buckets(lambda step: tuple(step.bucket.values()), sizes)
@@ -498,8 +498,6 @@ def test_a_step_that_only_several_graphs_cover_is_told_so():
                     message = "{'tokens': 20, 'seqs': 3}: there is a graph for each of these sizes, and none for all"
                     with pytest.raises(BucketOverflowError, match=f"{message}.*overflow={ways}"):
                         run()
-                elif policy == "split":
-                    assert run() == (8, 4)
                 else:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", RuntimeWarning)
@@ -513,9 +511,11 @@ def test_a_refused_step_is_told_what_would_help(policy):
     with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow=policy) as m:
         m.register_slot("lens", BufferSpec(4, "int64"), axis="seqs")
         m.capture_buckets(lambda step: None, [{"tokens": 8, "seqs": 1}])
+        end = "$" if policy == "raise" else "; overflow='split' cuts .* 'lens', which follows seqs"
         for call, message in (
-            (lambda: m.replay({}, 4, seqs=2), "add a bucket, or make the manager with overflow='eager'$"),
-            (lambda: m.replay({}, 4, seqs=5), "make its slots larger$"),
+            (lambda: m.replay({}, 4, seqs=2), f"add a bucket, or make the manager with overflow='eager'{end}"),
+            (lambda: m.replay({}, 4, seqs=5), f"make its slots larger{end}"),
+            (lambda: m.replay({}, 33, seqs=1), f"make its slots larger{end}"),
             (lambda: m.stage_inputs({}, 9, seqs=1), "add a bucket, or make the manager with overflow='eager'$"),
             (lambda: m.stage_inputs({}, 33, seqs=1), "make its slots larger$"),
             (lambda: m.stage(9, seqs=1).fill(), "add a bucket, or make the manager with overflow='eager'$"),
@@ -523,11 +523,14 @@ def test_a_refused_step_is_told_what_would_help(policy):
         ):
             with pytest.raises(BucketOverflowError, match=message):
                 call()
+        m.check()
+    with InputBufferManager(None, 1, 8, buckets=[8], overflow=policy) as m:
+        m.capture_buckets(lambda step: None)
         if policy == "raise":
             with pytest.raises(BucketOverflowError, match="slots larger, or make the manager with overflow='split'$"):
-                m.replay({}, 33, seqs=1)
+                m.replay({"input_ids": ids(33)}, 33)
         else:
-            m.replay({}, 33, seqs=1)
+            m.replay({"input_ids": ids(33)}, 33)
         m.check()
 
 
@@ -566,7 +569,6 @@ def test_overflow_split_replays_in_pieces():
     ) as m:
         m.register_slot("input_ids", BufferSpec(32, "int64"))
         m.register_slot("whole", BufferSpec(2, "int64"), axis=None)
-        m.register_slot("per_seq", BufferSpec(4, "int64"), axis="seqs")
         total = kit.to_device(np.zeros(1, np.int64))
 
         def fn(step):
@@ -574,22 +576,62 @@ def test_overflow_split_replays_in_pieces():
                 kit.run(kit.add_up, step.stream, step[name], total)
             return total
 
-        m.capture_buckets(fn, [{"tokens": 4, "seqs": 2}, {"tokens": 8, "seqs": 2}])
+        m.capture_buckets(fn, [4, 8])
         pieces = []
 
         def each(result, start, stop):
             pieces.append((start, stop, int(kit.to_host(result, m.stream)[0])))
 
-        inputs = {"input_ids": ids(19), "whole": np.array([1000, 0]), "per_seq": np.array([100, 100])}
-        assert m.replay(inputs, 19, seqs=2, each=each) is total
+        inputs = {"input_ids": ids(19), "whole": np.array([1000, 200])}
+        assert m.replay(inputs, 19, each=each) is total
         sums = [sum(range(8)) + 1200, sum(range(16)) + 2400, sum(range(19)) + 3600]
         assert pieces == [(0, 8, sums[0]), (8, 16, sums[1]), (16, 19, sums[2])]
         stats = m.stats()
         assert stats.overflows == 1 and stats.buckets == {4: 1, 8: 2} and stats.live_tokens == 19
-        with pytest.raises(BucketOverflowError, match="seqs=3"):
-            m.replay({"input_ids": ids(19)}, 19, seqs=3)
-        m.replay({"input_ids": ids(1000)}, 1000, seqs=2)
+        m.replay({"input_ids": ids(1000)}, 1000)
+        assert m.replay({}, 20) is total
+        with pytest.raises(BucketOverflowError, match="tokens=1000000000000"):
+            m.replay({}, 10**12)
         m.check()
+
+
+def test_a_step_with_another_axis_is_not_split():
+    """Offsets on seqs+1 point into all tokens of the step: a piece that got them all would read out of bounds."""
+    for policy in ("raise", "split"):
+        with InputBufferManager(None, 1, 32, buckets=[8], overflow=policy, default_slots=False) as m:
+            m.register_slot("values", BufferSpec(32))
+            m.register_slot("starts", BufferSpec(5, "int32"), axis="seqs+1", pad="repeat_last")
+            m.capture_buckets(lambda step: None, [{"tokens": 8, "seqs": 4}])
+            before = snapshot(m)
+            with pytest.raises(BucketOverflowError) as caught:
+                m.replay({"values": np.zeros(20, np.float32), "starts": np.array([0, 20], np.int32)}, 20, seqs=1)
+            assert "overflow='split'" not in str(caught.value) or "'starts', which follows seqs+1" in str(caught.value)
+            assert_unchanged(m, before)
+            m.capture_buckets(lambda step: None, [{"tokens": 32, "seqs": 4}])  # as the text says
+            m.replay({"values": np.zeros(20, np.float32), "starts": np.array([0, 20], np.int32)}, 20, seqs=1)
+
+
+@pytest.mark.parametrize("ring", [1, 2, 4])
+def test_a_step_from_each_is_refused_and_the_pieces_are_right(ring):
+    with InputBufferManager(None, 1, 8, ring=ring, buckets=[2], overflow="split", default_slots=False) as m:
+        m.register_slot("x", BufferSpec(8, "int64"))
+        total = kit.to_device(np.zeros(1, np.int64))
+        m.capture_buckets(lambda step: kit.run(kit.add_up, step.stream, step["x"], total))
+        refused, sums = [], []
+
+        def each(result, start, stop):
+            with pytest.raises(BusyError) as caught:
+                m.stage_inputs({"x": np.full(2, -5)}, 2)
+            refused.append(caught.value)
+            sums.append(int(kit.to_host(total, m.stream)[0]))
+
+        with m.stage(8) as lease:
+            lease["x"][:] = np.arange(8)
+            lease.replay(each=each)
+        assert len(refused) == 4 and sums == [1, 6, 15, 28]
+        for call in (lambda: m.replay({"x": ids(8)}, 8, each=5), lambda: m.stage(8).replay(each=5)):
+            with pytest.raises(TypeError, match="each is 5"):
+                call()
 
 
 # ----------------------------------------------------------------------------------------------- lifetimes, addresses

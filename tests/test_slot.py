@@ -37,7 +37,7 @@ def make(spec=None, **options):
         ((8, "int64"), {"max_live": 0}, ValueError, "1 to 8"),
         ((8, "int64"), {"source_dtype": "float32"}, TypeError, "no conversion from float32 to int64"),
         ((8, "float32"), {"source_dtype": "float128"}, TypeError, "no conversion"),
-        ((8, "S3"), {}, TypeError, "3 bytes"),
+        ((8, "S3"), {}, ValueError, "not a string"),
         ((0, "int64"), {}, ValueError, "no elements"),
         (((), "int64"), {}, ValueError, "dimension"),
         (((4, 0), "int64"), {}, ValueError, "no elements"),
@@ -133,7 +133,7 @@ class DeviceArray:
 
 
 def test_a_device_array_is_told_the_way_to_go():
-    with pytest.raises(TypeError, match="copy_to_device"):
+    with pytest.raises(TypeError, match="copy_to_host"):
         make().coerce(DeviceArray(), 3)
 
 
