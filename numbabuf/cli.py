@@ -359,7 +359,6 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
         manager.capture_buckets(pipeline, progress=show)
         capture_s = time.perf_counter() - begin
         manager.synchronize()
-        pipeline.collect()  # forgets what the warm-up wrote
         limited = itertools.islice(steps, args.steps or None)
         for number, step in enumerate(track(limited, label="replay", total=args.steps or None, enabled=show)):
             inputs = token_inputs(step, vocab=args.vocab, seed=args.seed)

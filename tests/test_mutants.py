@@ -180,7 +180,8 @@ MUTANTS = {
     "graph without its fill": (run_ring, (), (graph.Recording, "__enter__", "self._fill(self._stream)", "pass")),
     "fill not first": (
         run_ring, (), (graph.Recording, "__enter__", "self._fill(self._stream)", "pass"),
-        (graph.Recording, "__exit__", "if error is None:", "if error is None:\n        self._fill(self._stream)"),
+        (graph.Recording, "__exit__", "if error is None and not self._dry:", """if error is None and not self._dry:
+        self._fill(self._stream)"""),
     ),
     "count not advanced": (run_ring, (), (kernels, "fill_slots", "store8(table + STEP * WORD, step + 1)", "pass")),
     "bucket one too small": (run_ring, (), (SERVICE, "covering", "live[0])", "live[0] - 1)")),

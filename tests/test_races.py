@@ -142,7 +142,7 @@ class Mixed:
 
     def capture_all(self, log, random, writer):
         with self.alone:
-            log.capture(writer)
+            log.capture()
 
 
 @pytest.mark.parametrize("threads", [1, 4])
