@@ -228,7 +228,7 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ring", type=_whole(1), default=4, metavar="N", help="staging blocks (default 4)")
     add(
         "--overflow",
-        choices=("raise", "eager", "split"),
+        choices=("raise", "eager"),
         default="raise",
         help="for steps beyond the largest bucket",
     )
@@ -259,7 +259,7 @@ def _replay(args: argparse.Namespace) -> int:
     if args.overflow == "raise" and args.buckets[-1] < args.max_tokens:
         args.parser.error(
             f"steps may have {args.max_tokens} tokens and the largest bucket holds {args.buckets[-1]}: "
-            "lower --max-tokens, or give a larger bucket or another --overflow"
+            "lower --max-tokens, or give a larger bucket, or --overflow eager"
         )
     for name in ("vocab", "max_tokens", "max_seqs"):
         if getattr(args, name) * args.dim >= 2**31:
