@@ -209,8 +209,10 @@ def _model(sizes):
 @pytest.fixture
 def inside(held, monkeypatch):
     """This process as a worker that holds a manager."""
-    worker = types.SimpleNamespace(plugins={"numbabuf": types.SimpleNamespace(held=held)})
-    monkeypatch.setitem(sys.modules, "distributed", types.SimpleNamespace(get_worker=lambda: worker))
+    held.worker = types.SimpleNamespace(
+        plugins={"numbabuf": types.SimpleNamespace(held=held)}, state=types.SimpleNamespace(nthreads=1)
+    )
+    monkeypatch.setitem(sys.modules, "distributed", types.SimpleNamespace(get_worker=lambda: held.worker))
     return held
 
 
@@ -237,6 +239,17 @@ def test_without_a_block_it_stands_for_the_manager(inside):
     assert worker_manager().stats() == inside.manager.stats()
     with pytest.raises(AttributeError):
         worker_manager().observer = None
+
+
+def test_in_a_worker_of_more_threads_a_step_wants_the_block(inside):
+    inside.worker.state.nthreads = 4
+    for step in ("replay", "stage", "stage_inputs"):
+        with pytest.raises(BusyError, match="with worker_manager\\(\\) as manager"):
+            getattr(worker_manager(), step)
+    assert worker_manager().stats().steps == inside.manager.stats().steps
+    worker_manager().record_usage(3)
+    with worker_manager():
+        assert replay(worker_manager(), 7) == 7
 
 
 def test_four_threads_read_their_own_results(inside):
@@ -406,6 +419,10 @@ def serve(size):
         return replay(manager, size)
 
 
+def serve_unheld(size):
+    return replay(worker_manager(), size)
+
+
 def serve_many(sizes):
     return [serve(size) for size in sizes]
 
@@ -497,6 +514,8 @@ def test_more_threads_than_one_a_worker():
     ):
         sizes = list(range(1, CAPACITY)) * 2
         assert client.gather(client.map(serve, sizes, pure=False)) == sizes
+        with pytest.raises(BusyError, match="in a worker of 4 threads"):
+            client.submit(serve_unheld, 3, pure=False).result(timeout=30)
 
 
 def fail(pool):

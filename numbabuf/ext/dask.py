@@ -192,7 +192,8 @@ class WorkerManager:
 
     As a context manager it gives the manager itself, and no other task enters until the block is left. Leaving the
     block does not close the manager. Without a ``with``, its attributes are the manager's own and nothing is held:
-    enough where the worker has one thread, and for what reads no results, such as `record_usage` or `stats`.
+    enough for what reads no results, such as `record_usage` or `stats`, and for steps where the worker has one thread.
+    Where it has more, a step outside of the block is refused with BusyError.
 
     Examples
     --------
@@ -204,10 +205,11 @@ class WorkerManager:
             return scores.copy_to_host()[: len(tokens)]
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "_threads")
 
-    def __init__(self, held: _Held) -> None:
+    def __init__(self, held: _Held, threads: int = 1) -> None:
         self._held = held
+        self._threads = threads  # that the worker runs tasks in
 
     def __enter__(self) -> Any:
         """Wait for the other tasks of this worker to leave, and return the manager.
@@ -226,6 +228,12 @@ class WorkerManager:
         raise TypeError("a worker's manager stays in its worker: call worker_manager() in each task")
 
     def __getattr__(self, name: str) -> Any:
+        if name in _STEPS and self._threads > 1 and not self._held.inside:
+            raise BusyError(
+                f"worker_manager().{name} outside of its block, in a worker of {self._threads} threads: another task "
+                f"may step before the result is read; write `with worker_manager() as manager:` around "
+                f"manager.{name}(...) and the reading"
+            )
         return getattr(self._held.manager, name)
 
     def __repr__(self) -> str:
@@ -245,22 +253,25 @@ def worker_manager(name: str = "numbabuf") -> WorkerManager:
     Notes
     -----
     Threads: a task that reads what its steps leave does both inside the ``with`` block. Outside of one, a task of
-    another thread may step the manager between the two, and the task reads the other's result; only with one thread a
-    worker is ``worker_manager().replay(...)`` enough.
+    another thread may step the manager between the two, and the task would read the other's result: only in a worker
+    of one thread is ``worker_manager().replay(...)`` accepted.
     """
     from distributed import get_worker
 
-    plugin = get_worker().plugins.get(name)
+    worker = get_worker()
+    plugin = worker.plugins.get(name)
     held = None if plugin is None else plugin.held
     if held is None:
         raise LookupError(f"this worker holds no manager named {name!r}: make Fleet(client, make, name={name!r}) first")
-    return WorkerManager(held)
+    return WorkerManager(held, worker.state.nthreads)
 
 
 # ------------------------------------------------------------------------------------------------- inside a worker
 
 _KEY = "numbabuf-demand"  # of the scheduler's metadata: the last merged demand, by the name of the fleet
 
+
+_STEPS = frozenset({"replay", "stage", "stage_inputs"})
 
 LAST_TASK_S = 60.0
 """Seconds that the end of a worker's manager waits for the task that is inside its block."""
@@ -308,13 +319,18 @@ class _Held:
     def _predicting(self) -> PredictiveBufferManager | None:
         return self.manager if isinstance(self.manager, PredictiveBufferManager) else None
 
+    @property
+    def inside(self) -> bool:
+        """Whether this thread's task has its turn."""
+        return self._inside == threading.get_ident()
+
     def enter(self) -> InputBufferManager:
         """Take the manager for one task.
 
         Two tasks without it: A steps; B steps, in another thread, and its graph writes where A's wrote; A reads B's
         results.
         """
-        if self._inside == threading.get_ident():
+        if self.inside:
             raise BusyError(
                 "this thread is inside `with worker_manager()` already: use the manager that the outer block gave"
             )
@@ -345,7 +361,7 @@ class _Held:
 
     def close(self) -> None:
         """Close the manager, then the pool; say so if somebody else still leases from it."""
-        mine = self._inside == threading.get_ident()
+        mine = self.inside
         # A task inside its block still reads memory that goes back to the driver here.
         waited = not mine and self._turn.acquire(timeout=LAST_TASK_S)
         if not (mine or waited):
