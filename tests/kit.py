@@ -145,18 +145,9 @@ class Log:
             run(log_row, step.stream, step[slot], log, self.row)
         run(count_up, step.stream, self.row)
 
-<<<<<<< Updated upstream
     def capture(self):
         """Capture every bucket, anew where it was; nothing of it runs."""
         self.manager.capture_buckets(self)
-=======
-    def capture(self, writer=0):
-        """Capture every bucket, anew where it was; the runs before that write a row of padding each."""
-        nothing = {slot: np.empty(0, np.int64) for slot in self.logs}
-        self.manager.capture_buckets(self, warm_up="run")
-        for bucket in sorted(BUCKETS, reverse=True):
-            self.expect(nothing, bucket, writer)
->>>>>>> Stashed changes
 
     def expect(self, inputs, bucket, writer=0):
         """Say what the next step of `writer` shall leave in the log."""
