@@ -19,7 +19,7 @@ from typing import Any
 
 from . import _cuda, calibration
 from .checks import whole_number
-from .errors import BusyError, CaptureError, ClosedError, TierFullError
+from .errors import BusyError, CaptureError, TierFullError
 from .memory import Ledger, Ticket, size_class
 from .moves import Mark, Move, Mover
 from .policies import Policy, make_policy
@@ -27,7 +27,7 @@ from .pool import SimpleBufferPool
 from .spec import BufferSpec, BufferState, Tier
 from .stats import Frozen, HierarchyStats
 from .store import Store
-from .tiered import Record, TieredEntry
+from .tiered import Record, TieredEntry, refuse_ended
 from .turns import Turns
 
 __all__ = ["HierarchicalBufferPool", "HierarchyStats"]
@@ -146,9 +146,11 @@ class Limits(MutableMapping[Tier, int]):
         self._pool = pool
 
     def __getitem__(self, tier: Tier) -> int:
-        limit = self._pool._store.ledger.limit(Tier(tier))
-        assert limit is not None
-        return limit
+        store = self._pool._store
+        limit = store.ledger.limit(Tier(tier))
+        if limit is None:  # the memory is another process's, or gone with its context, and the account with it
+            store.refuse_closed()
+        return limit or 0
 
     def __setitem__(self, tier: Tier, nbytes: int) -> None:
         self._pool._set_limit(tier, nbytes)
@@ -285,12 +287,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         return life is not None and life.ended
 
     def _refuse_ended(self) -> None:
-        """Raise ClosedError if the context that the pool's memory was made in was closed or reset."""
-        if self._ended:
-            raise ClosedError(
-                f"{self!r} lost its memory when its context was closed (cuda.close(), or a reset of the context or the "
-                "device), and so did its entries: make a new pool"
-            )
+        refuse_ended(self._store.life)
 
     @property
     def _mover(self) -> Mover:
@@ -451,7 +448,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def _enlist(self, ticket: Ticket, spec: BufferSpec) -> TieredEntry:
         entry = TieredEntry(ticket, spec)
-        entry._record = record = Record(next(self._keys), entry, self._gone)
+        entry._record = record = Record(next(self._keys), entry, self._gone, self._store.life)
         self._records[record.key] = record
         self._places[entry.tier].add(record.key)
         return entry
@@ -542,7 +539,6 @@ class HierarchicalBufferPool(SimpleBufferPool):
         down, buffers coming up.
         """
         chosen = self._mine(entries)
-        self._refuse_ended()
         _cuda.one_device(self._store.device, self)  # the caller's work is for the device that is current
         wrapped = _stream_of(stream)
         lease = _Lease(chosen, wrapped, _cuda.capturing())
@@ -726,6 +722,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def _mine(self, entries: Iterable[TieredEntry]) -> list[TieredEntry]:
         chosen = list(entries)
+        self._refuse_ended()
         for entry in chosen:
             if not isinstance(entry, TieredEntry):
                 raise TypeError(f"{entry!r} is no entry of a hierarchical pool: give what its allocate returned")

@@ -14,12 +14,21 @@ from typing import Any
 
 from . import _cuda
 from .entry import BufferEntry
-from .errors import BusyError
+from .errors import BusyError, ClosedError
 from .memory import Ticket
 from .moves import Mark
 from .spec import BufferSpec, Tier
 
-__all__ = ["Record", "TieredEntry"]
+__all__ = ["Record", "TieredEntry", "refuse_ended"]
+
+
+def refuse_ended(life: _cuda.Lifetime | None) -> None:
+    """Raise ClosedError if the context with that life was closed or reset."""
+    if life is not None and life.ended:
+        raise ClosedError(
+            "this pool's memory went when its context was closed (cuda.close(), or a reset of the context or device), "
+            "and its entries with it: make a new pool"
+        )
 
 
 class Record:
@@ -40,16 +49,19 @@ class Record:
         The same contents further down; only while the buffer is in device memory.
     home : Ticket or None
         Memory under a live graph that the buffer was demoted from and must come back to.
+    life : Lifetime or None
+        That of the context that the buffer's memory is in.
     leases : int
         Number of open leases among `threads`.
     mark : Mark or None
         After which all queued work on the buffer is done. None: after the work of its block's users.
     """
 
-    __slots__ = ("copy", "entry", "fixed", "home", "key", "leases", "mark", "threads")
+    __slots__ = ("copy", "entry", "fixed", "home", "key", "leases", "life", "mark", "threads")
 
-    def __init__(self, key: int, entry: TieredEntry, gone: deque[int]) -> None:
+    def __init__(self, key: int, entry: TieredEntry, gone: deque[int], life: _cuda.Lifetime | None = None) -> None:
         self.key = key
+        self.life = life
         self.entry = weakref.ref(entry, lambda _, append=gone.append: append(key))  # type: ignore[misc]
         self.threads: list[int] = []
         self.leases = 0
@@ -99,10 +111,9 @@ class TieredEntry(BufferEntry):
     def _fix(self) -> None:
         block = self._block("used")
         pool = block.pool()
-        if pool is not None:
-            pool._refuse_ended()
-            if not self._record.fixed:
-                pool._fix(self)
+        refuse_ended(self._record.life)
+        if pool is not None and not self._record.fixed:
+            pool._fix(self)
 
     @property
     def tier(self) -> Tier:
@@ -154,13 +165,13 @@ class TieredEntry(BufferEntry):
         Called in the middle of another call on the pool in the same thread, as a finaliser may, it ends the lease when
         that call returns.
         """
-        pool = self._block("released").pool()
+        pool, life = self._block("released").pool(), self._record.life
+        self._refuse_leased()
+        if life is not None and life.ended:  # the memory is gone, and the books of the pool with it
+            self._held.clear()
+            return
         if pool is None:
             self._end(None, stream)
-            return
-        self._refuse_leased()
-        if pool._ended:  # the memory is gone, and the books of the pool with it
-            self._held.clear()
             return
         wrapped = None if stream is None else _cuda.as_stream(stream)
         record = self._record
