@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
 from typing import Any, NoReturn
 
-import numpy as np
-
 from . import _cuda, config, html
 from .arena import Arena
 from .checks import whole_number
@@ -473,7 +471,8 @@ class InputBufferManager:
         sizes, over = round_up(self._choices, live)
         if over is not None:
             if self.overflow != "eager":
-                raise self._too_large(over, live, self._choices[over][-1], "eager")
+                fits = all(size <= limit for size, limit in zip(live, self._limits, strict=True))
+                raise self._too_large(over, live, self._choices[over][-1], *(("eager",) if fits else ()))
             check_limits(self._axes, self._limits, self._choices, live)
             return self._plain(sizes)
         fill = self._fills.get(sizes)
@@ -490,8 +489,8 @@ class InputBufferManager:
             fill = self._fills[sizes] = recording.captured
         return fill
 
-    def _too_large(self, axis: int, live: tuple[int, ...], largest: int, *policies: str) -> Exception:
-        return too_large(self._axes[axis], live[axis], largest, self._limits[axis], policies)
+    def _too_large(self, axis: int, live: tuple[int, ...], largest: int, *policies: str, why: str = "") -> Exception:
+        return too_large(self._axes[axis], live[axis], largest, self._limits[axis], policies, why)
 
     def _submit_plain(self, target: CapturedStep, live: tuple[int, ...]) -> None:
         """Queue and count a step without a graph, and say so once. Its inputs are written, so they are good."""
@@ -518,7 +517,8 @@ class InputBufferManager:
             self._ready()
             _cuda.one_device(self._device, self)
             self._begin_step(0, dict.fromkeys(self._axes[1:], 0))
-            rows = len(data) if np.ndim(data) else 0
+            data = slot.on_host(data)
+            rows = len(data) if data.ndim else 0
             padded = slot.capacity
             if slot.axis_index >= 0:
                 ((bucket,), _) = round_up(self._choices[slot.axis_index :][:1], (rows - slot.extra,))
@@ -587,7 +587,8 @@ class InputBufferManager:
         target = self._service.covering(live) if replay else self._fill_for(live)
         if target is None:
             # As any other inputs, though they lie in the very block that is written first: a whole step over itself,
-            # a piece to where an earlier one lay.
+            # a piece to where an earlier one lay. No other step gets the block before the last piece is written: the
+            # lock keeps other threads out, and `_refuse_inside` what `each` might stage in this one.
             return self._overflow(lease.written, live, each)
         block = lease.block
         block.padded = None
@@ -834,30 +835,47 @@ class InputBufferManager:
 
     def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """A step that no captured graph covers, after the policy."""
-        if self.overflow == "split":
-            whole = uncut(self._static)
-            if whole is None:
-                return self._split(inputs, live, each)
-            follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis
-            raise BucketOverflowError(
-                f"{self._uncovered(live)}; overflow='split' cuts along the tokens alone, and of slot {whole.name!r}, "
-                f"which follows {follows}, every piece would get the whole"
-            )
+        if self.overflow != "raise":
+            self._arena.refuse_others(inputs)
+        if self.overflow == "split" and self._can_split(inputs, live):
+            return self._split(inputs, live, each)
         if self.overflow == "eager":
             return self._eager(inputs, live)
-        raise self._uncovered(live)
+        raise self._uncovered(inputs, live)
 
-    def _uncovered(self, live: tuple[int, ...]) -> Exception:
-        """The error for a step that no captured graph covers."""
+    def _can_split(self, inputs: Mapping[str, Any], live: tuple[int, ...]) -> bool:
+        """Whether "split" runs a step: no slot is left uncut, and the slots or an input bound its length."""
+        if uncut(self._static) is not None:
+            return False
+        if live[0] <= self._limits[0]:
+            return True
+        return isinstance(inputs, Mapping) and any(
+            slot.axis is not None and inputs.get(slot.name) is not None for slot in self._static
+        )
+
+    def _uncovered(self, inputs: Mapping[str, Any], live: tuple[int, ...]) -> Exception:
+        """The error for a step that no captured graph covers; the policies that it names would run this very step."""
         largest = [self._service.largest(axis) for axis in range(len(live))]
         over = [axis for axis, size in enumerate(live) if size > largest[axis]]
-        split = ("split",) if uncut(self._static) is None and self.overflow != "split" else ()
-        if over:  # the last of them: "split" can do something about the first, the tokens
-            return self._too_large(over[-1], live, largest[over[-1]], "eager", *split)
-        size, ways = dict(zip(self._axes, live, strict=True)), " or ".join(map(repr, ("eager", *split)))
+        fits = all(size <= limit for size, limit in zip(live, self._limits, strict=True))
+        ways = ["eager"] if fits and self._function is not None else []
+        if self.overflow != "split" and self._can_split(inputs, live):
+            ways.append("split")
+        why, whole = "", uncut(self._static)
+        if self.overflow == "split" and whole is not None:
+            follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis
+            why = (
+                f"; overflow='split' cuts along the tokens alone, and of slot {whole.name!r}, which follows {follows}, "
+                "every piece would get the whole"
+            )
+        if over:  # first what the slots cannot hold, for which no bucket helps
+            axis = max(over, key=lambda axis: (live[axis] > self._limits[axis], axis))
+            return self._too_large(axis, live, largest[axis], *ways, why=why)
+        size = dict(zip(self._axes, live, strict=True))
+        offer = f", or make the manager with overflow={' or '.join(map(repr, ways))}" if ways else ""
         return BucketOverflowError(
-            f"this step has {size}: there is a graph for each of these sizes, and none for all of them; capture this "
-            f"one, or a larger, as well, or make the manager with overflow={ways}"
+            f"this step has {size}: there is a graph for each of these sizes, and none for all of them; capture "
+            f"this one, or a larger, as well{offer}{why}"
         )
 
     def _eager(self, inputs: Mapping[str, Any], live: tuple[int, ...]) -> Any:
@@ -874,10 +892,7 @@ class InputBufferManager:
     def _split(self, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
         """Replay a step in pieces of the largest captured number of tokens; its slots follow tokens or nothing."""
         arena = self._arena
-        arena.refuse_others(inputs)
-        if live[0] > self._limits[0] and all(inputs.get(slot.name) is None for slot in self._static if slot.axis):
-            raise self._too_large(0, live, self._choices[0][-1])  # nothing bounds the number of pieces
-        pieces = cut(inputs, live, self._service.largest(0), self._static)
+        pieces = cut(inputs, live[0], self._service.largest(0), self._static)
         self._overflows += 1
         result = None
         for start, stop, piece in pieces:

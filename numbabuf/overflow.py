@@ -1,7 +1,7 @@
 """What a manager does with a step that is larger than every captured one: the policies, and how "split" cuts a step.
 
-Cutting is pure: all pieces are made and checked before the first of them is queued. Sits above `slot`, below
-`manager`, which runs what is cut here.
+Cutting is pure: all pieces are checked before the first of them is queued, and none is made before its turn. Sits
+above `slot`, below `manager`, which runs what is cut here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .slot import InputSlot
@@ -38,50 +38,53 @@ def uncut(slots: Sequence[InputSlot]) -> InputSlot | None:
 
 
 def cut(
-    inputs: Mapping[str, Any], live: tuple[int, ...], width: int, slots: Sequence[InputSlot]
-) -> list[tuple[int, int, dict[str, Any]]]:
-    """Cut the inputs of a step into pieces of `width` tokens.
+    inputs: Mapping[str, Any], tokens: int, width: int, slots: Sequence[InputSlot]
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Check the inputs of a step and return its pieces of `width` tokens, each made when it is asked for.
 
     Parameters
     ----------
     inputs
         Every name is that of one of `slots`.
-    live
-        Sizes of the step, tokens first.
+    tokens
+        Live tokens of the step.
+    slots
+        Each follows the tokens or nothing (see `uncut`).
 
     Returns
     -------
-    pieces : list of (start, stop, inputs)
+    pieces : iterator of (start, stop, inputs)
         The tokens of each piece, and its inputs: slices where a slot follows the tokens, else the whole.
 
     Raises
     ------
     TypeError, ValueError, OverflowError
-        An input does not fit its slot, or a slot follows the tokens with rows to spare, which no cut can give.
+        An input does not fit its slot, in any piece.
     """
-    follows = {slot.name: slot for slot in slots if slot.axis == "tokens"}
-    arrays = {}
+    cuts, wholes = {}, {}
     for slot in slots:
         data = inputs.get(slot.name)
         if data is None:
             continue
-        if slot.name in follows:
-            if slot.extra:
-                raise ValueError(f"slot {slot.name!r} follows tokens+{slot.extra}, which cannot be split in pieces")
-            data = slot.on_host(data)
-            if data.ndim == 0 or len(data) != live[0]:
-                raise ValueError(f"input {slot.name!r} has shape {data.shape}; this step has {live[0]} tokens")
-        else:
-            slot.coerce(data, slot.rows(live))
-        arrays[slot.name] = data
-    pieces = []
-    for start in range(0, live[0], width):
-        stop = min(start + width, live[0])
-        piece = {name: data[start:stop] if name in follows else data for name, data in arrays.items()}
-        for name in follows.keys() & piece.keys():
-            follows[name].coerce(piece[name], stop - start)
-        pieces.append((start, stop, piece))
-    return pieces
+        if slot.axis is None:
+            wholes[slot.name] = slot.coerce(data, slot.capacity)
+            continue
+        data = slot.on_host(data)
+        if data.ndim == 0 or len(data) != tokens:
+            raise ValueError(f"input {slot.name!r} has shape {data.shape}; this step has {tokens} tokens")
+        slot.coerce(data[:width], min(width, tokens))  # no piece is longer, and all are alike but for their values
+        if slot.checked and data.size:
+            slot.check_range(data)
+        cuts[slot.name] = data
+    return _pieces(cuts, wholes, tokens, width)
+
+
+def _pieces(
+    cuts: dict[str, Any], wholes: dict[str, Any], tokens: int, width: int
+) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    for start in range(0, tokens, width):
+        stop = min(start + width, tokens)
+        yield start, stop, {**{name: data[start:stop] for name, data in cuts.items()}, **wholes}
 
 
 def warn(axes: Sequence[str], live: Sequence[int]) -> None:

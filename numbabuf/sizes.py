@@ -76,16 +76,18 @@ def round_up(choices: Sequence[Sequence[int]], live: Sequence[int]) -> tuple[tup
     return tuple(sizes), over
 
 
-def too_large(axis: str, value: int, largest: int, limit: int, policies: Sequence[str] = ()) -> BucketOverflowError:
+def too_large(
+    axis: str, value: int, largest: int, limit: int, policies: Sequence[str] = (), why: str = ""
+) -> BucketOverflowError:
     """The error for a step whose size of `axis` is beyond the `largest` bucket; the slots hold `limit`.
 
-    `policies` are those that would run it, if the slots hold it.
+    `policies` are those that would run it: "eager" if the slots hold it, "split" in any case. `why` another would not.
     """
     remedy = "add a bucket" if value <= limit else "make its slots larger"
     ways = " or ".join(repr(policy) for policy in policies if value <= limit or policy == "split")
     return BucketOverflowError(
         f"this step has {axis}={value}; the largest bucket is {largest} and the slots hold {limit}: {remedy}"
-        f"{f', or make the manager with overflow={ways}' if ways else ''}"
+        f"{f', or make the manager with overflow={ways}' if ways else ''}{why}"
     )
 
 

@@ -35,7 +35,7 @@ ITEM_BYTES = (1, 2, 4, 8, 16)
 """Element sizes that a fill moves as they are."""
 
 RESERVED = frozenset(
-    ("self", "inputs", "num_tokens", "each", "at_least", "max_padding", "timeout", "fn", "sizes", "progress", "warm_up")
+    "self inputs num_tokens each at_least max_padding timeout fn sizes progress warm_up verify".split()
 )
 """What no axis may be called: a size is given by the name of its axis, beside these arguments."""
 
@@ -119,6 +119,10 @@ class InputSlot:
 
     def _find_conversion(self) -> int:
         source, target = self.source_dtype, self.spec.dtype
+        if self.index and target.kind not in "iu":
+            raise TypeError(
+                f"slot {self.name!r} holds indices, and its elements are {target}: give an integer type, or index=False"
+            )
         if source == target:
             return kernels.RAW
         found = CONVERSIONS.get((source.name, target.name))
@@ -163,8 +167,10 @@ class InputSlot:
             elif given.dtype.kind == "c" and dtype.kind != "c":
                 raise TypeError("it is complex")
             with np.errstate(all="ignore"):
-                value = given.astype(dtype)
-            if dtype.kind in "SU" and given.dtype.kind != dtype.kind:
+                # 0 is zero bytes where an element is no number; NumPy would make it the letter "0".
+                blank = dtype.kind in "SUV" and given.dtype.kind in "iub" and given == 0
+                value = np.zeros((), dtype) if blank else given.astype(dtype)
+            if not blank and dtype.kind in "SU" and given.dtype.kind != dtype.kind:
                 raise TypeError("it is not a string")
             if (
                 (dtype.kind in "fc" or is_bfloat16(dtype))
@@ -256,20 +262,24 @@ class InputSlot:
 
     def on_host(self, data: Any) -> np.ndarray:
         """Return `data` as an array, refusing one of the device, which NumPy might copy back without a word."""
-        if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
-            raise TypeError(
-                f"input {self.name!r} is a device array; inputs are staged from the host. Give its kernels the array "
-                "itself, as an argument of their own in the captured function, or copy it to the host first, with the "
-                "work on it done: data.copy_to_host()"
-            )
-        if np.ma.is_masked(data):
+        if not isinstance(data, np.ndarray):
+            if _on_device(data):
+                raise TypeError(
+                    f"input {self.name!r} is a device array; inputs are staged from the host. Give its kernels the "
+                    "array itself, as an argument of their own in the captured function, or copy it to the host first, "
+                    "with the work on it done (Numba: data.copy_to_host(), CuPy: data.get(), PyTorch: data.cpu())"
+                )
+        elif isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
             raise TypeError(
                 f"input {self.name!r} is a masked array, and a slot has no place for its mask: give data.filled(value)"
             )
         try:
-            return np.asarray(data)
+            array = np.asarray(data)
         except ValueError as error:
             raise ValueError(f"input {self.name!r} is no array: {error}") from None
+        if array.size == 0 and not isinstance(data, np.ndarray):
+            return array.astype(self.source_dtype)  # as of an empty list, which has no element type
+        return array
 
     def coerce(self, data: Any, live: int) -> np.ndarray:
         """Return `data` as an array that may be staged as `live` rows, or say what is wrong with it.
@@ -284,9 +294,7 @@ class InputSlot:
             An integer does not fit the slot's narrower type (where the range check is on).
         """
         array = self.on_host(data)
-        if array.dtype != self.source_dtype and not (
-            array.size == 0 and not isinstance(data, np.ndarray) or _casts(array.dtype, self.source_dtype)
-        ):
+        if array.dtype != self.source_dtype and not _casts(array.dtype, self.source_dtype):
             raise TypeError(
                 f"input {self.name!r} has dtype {array.dtype}; the slot takes {self.source_dtype}: convert it, or "
                 "register the slot with another source_dtype"
@@ -377,6 +385,14 @@ class InputSlot:
             ("pad", str(self.pad)),
         ]
         return html.card(f"InputSlot {self.name}", html.table(["", ""], rows))
+
+
+def _on_device(data: Any) -> bool:
+    """Whether `data`, no ndarray, is in memory that the host does not read."""
+    if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
+        return True
+    place = getattr(data, "__dlpack_device__", None)
+    return place is not None and int(place()[0]) not in (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
 
 
 def _casts(source: np.dtype, target: np.dtype) -> bool:

@@ -534,6 +534,25 @@ def test_a_refused_step_is_told_what_would_help(policy):
         m.check()
 
 
+def test_a_policy_is_advised_where_it_serves():
+    """Split beyond the slots, only where an input says how long the step is; eager, only with a function to run."""
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8]) as m:
+        m.capture_buckets(lambda step: None)
+        with pytest.raises(BucketOverflowError, match="slots larger, or make the manager with overflow='split'$"):
+            m.replay({"input_ids": ids(33)}, 33)
+        with pytest.raises(BucketOverflowError, match="slots larger$"):
+            m.replay({"input_ids": None}, 33)
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8]) as m:
+        with m.capture(8):
+            pass
+        with pytest.raises(BucketOverflowError, match="add a bucket, or make the manager with overflow='split'$"):
+            m.replay({}, 9)
+    with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8]) as m:
+        m.register_slot("lens", BufferSpec(4, "int64"), axis="seqs")
+        with pytest.raises(BucketOverflowError, match="add a bucket$"):
+            m.stage_inputs({}, 9, seqs=5)  # "eager" could not run it: it holds no 5 sequences
+
+
 def test_overflow_eager_runs_warns_once_and_counts():
     with InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8], overflow="eager") as m:
         pipeline = Pipeline("input_ids", 32)
