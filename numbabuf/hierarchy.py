@@ -51,6 +51,16 @@ def _stream_of(stream: Any) -> Any:
     return _cuda.default_stream() if stream is None else _cuda.as_stream(stream)
 
 
+def _refuse_captured(stream: Any) -> None:
+    """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
+    if not _cuda.capturing() and _cuda.is_capturing(stream):
+        raise CaptureError(
+            f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
+            "numbabuf, and no event can order moves round it: take the addresses before that capture, which fixes "
+            "the buffers, and keep them, unreleased, as long as the graph lives"
+        )
+
+
 class _TierLedger(Ledger):
     """A budget for each tier by itself."""
 
@@ -386,6 +396,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         if stream is not None:
             wrapped = _cuda.as_stream(stream)
+            _refuse_captured(wrapped)
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
         try:
@@ -530,7 +541,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
         BusyError
             `in_place` is False, and a buffer is fixed, or in another use, outside device memory.
         CaptureError
-            A buffer would have to move, and a graph is being captured.
+            A buffer would have to move, and this thread captures a graph; or another thread, or library, captures
+            `stream`.
 
         Notes
         -----
@@ -541,6 +553,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         chosen = self._mine(entries)
         _cuda.one_device(self._store.device, self)  # the caller's work is for the device that is current
         wrapped = _stream_of(stream)
+        _refuse_captured(wrapped)
         lease = _Lease(chosen, wrapped, _cuda.capturing())
         try:
             with self._turns.take(self._lock, self, "use"):
@@ -652,6 +665,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         chosen = self._mine(entries)
         wrapped = _stream_of(stream)
+        _refuse_captured(wrapped)
         with self._step("prefetch"), self._claimed(chosen):
             self._store.refuse_closed()
             if not _cuda.capturing():

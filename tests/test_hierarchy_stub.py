@@ -13,7 +13,7 @@ from test_hierarchy_stateful import STEPS, Churn, bytes_of, may_leave, ramp, ran
 
 from numbabuf import _cuda, hierarchy, moves
 from numbabuf._cuda import cuda
-from numbabuf.errors import BackendError, TierFullError
+from numbabuf.errors import BackendError, CaptureError, TierFullError
 from numbabuf.hierarchy import HierarchicalBufferPool
 from numbabuf.spec import BufferSpec, Tier
 
@@ -354,6 +354,33 @@ def test_a_thread_that_never_called_the_driver_may_have_a_moved_buffer(stub, wha
     assert not failed
     entry.release()
     pool.close()
+
+
+# --------------------------------------------------------------------------------------------- somebody else's capture
+
+
+def test_a_stream_that_another_library_captures_is_refused_and_harms_nothing(stub):
+    with HierarchicalBufferPool(device_bytes=2048, pinned_bytes=8192) as pool:
+        entries = [pool.allocate(BufferSpec(1024, "uint8")) for _ in range(3)]
+        stream = _cuda.as_stream(None)
+        builder = stream.core.create_graph_builder()
+        builder.begin_building("thread_local")
+        try:
+            for call in (
+                lambda: pool.use(entries[:1], stream=stream).__enter__(),
+                lambda: pool.prefetch(entries[:1], stream=stream),
+                lambda: pool.allocate(BufferSpec(64, "uint8"), stream=stream),
+            ):
+                with pytest.raises(CaptureError, match="keep them, unreleased, as long"):
+                    call()
+        finally:
+            builder.end_building()
+            builder.close()
+        for entry in entries:
+            with pool.use([entry], stream=stream, in_place=False):
+                pass
+            entry.release()
+        pool.check()
 
 
 # ------------------------------------------------------------------------------------------------ what the driver holds
