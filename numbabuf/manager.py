@@ -145,7 +145,7 @@ class InputBufferManager:
         self._choices: tuple[tuple[int, ...], ...] = ()  # bucket list per axis, known once there is memory
         self._limits: tuple[int, ...] = ()  # largest size per axis, likewise
         self._arena: Any = None  # an Arena once there is memory; Any, because every step asks
-        self._ring: Any = None  # its ring
+        self._ring: Any = None  # its ring; None once closed, so that a step asks for both at once
         self._kept: Arena | None = None  # an arena whose contents the next one takes over
         self._capture_stream: Any = None
         self._generation = 0
@@ -812,7 +812,7 @@ class InputBufferManager:
         if each is not None:
             check_each(each)
         with self._lock:
-            if self._ring is None or self._life.ended or self.closed or self._pool.closed or not _this_thread.ready:
+            if self._ring is None or self._life.ended or self._pool.closed or not _this_thread.ready:
                 self._ready()
             if self._lease is not None or _captures or sizes or type(num_tokens) is not int or num_tokens < 0:
                 live = self._begin_step(num_tokens, sizes)
@@ -975,7 +975,7 @@ class InputBufferManager:
                         f"the manager cannot be closed while this thread captures a stream ({error}): it is still "
                         "open, close it after the capture"
                     ) from error
-                self.closed = True  # the context is gone: no other attempt would end better
+                self.closed, self._ring = True, None  # the context is gone: no other attempt would end better
                 raise
             self.closed = True
             self._capture_stream = None
@@ -1006,7 +1006,8 @@ class InputBufferManager:
         """In a forked child: be closed, and leave the memory to the parent."""
         self._lock, self._capturing = threading.RLock(), threading.Lock()  # another thread may have held them
         self._inside = self._lock._is_owned  # type: ignore[attr-defined]
-        self.closed = True  # the driver does not serve a forked process, so there is nothing to give back
+        # The driver does not serve a forked process, so there is nothing to give back.
+        self.closed, self._ring = True, None
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a manager cannot be copied or pickled: its memory and graphs are this one's; make another")
