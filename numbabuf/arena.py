@@ -263,9 +263,10 @@ class Arena:
             _log.warning("the staging ring could not be reset after a failed launch: %s", error)
 
     def _recount(self) -> None:
-        self._stream.synchronize()
-        self._write_table()
-        self.ring.reset()
+        with _cuda.on_device(self._stream.device):
+            self._stream.synchronize()
+            self._write_table()
+            self.ring.reset()
 
     def release(self) -> None:
         """Give the memory back to the pool; the owner has waited for the stream and dropped the graphs.

@@ -142,6 +142,7 @@ class InputBufferManager:
         self._slots: dict[str, InputSlot] = {}
         self._static: tuple[InputSlot, ...] = ()
         self._axes: tuple[str, ...] = ("tokens",)
+        self._further_axes = False
         self._choices: tuple[tuple[int, ...], ...] = ()  # bucket list per axis, known once there is memory
         self._limits: tuple[int, ...] = ()  # largest size per axis, likewise
         self._arena: Any = None  # an Arena once there is memory; Any, because every step asks
@@ -235,7 +236,7 @@ class InputBufferManager:
                 self._check_movable(f"slot {name!r} cannot be added")
                 self._dismantle(keep=True)
                 if slot.axis is not None and slot.axis not in self._axes:
-                    self._axes = (*self._axes, slot.axis)
+                    self._axes, self._further_axes = (*self._axes, slot.axis), True
                 axis_index = -1 if slot.axis is None else self._axes.index(slot.axis)
                 slot.bind(len(self._static), axis_index, self._slot_array, self._set_slot)
                 self._static = (*self._static, slot)
@@ -433,7 +434,8 @@ class InputBufferManager:
         if self._inside():  # as `_alone`, which costs more
             self._refuse_inside("stage_inputs")
         with self._lock:
-            self._ready()
+            if self._ring is None or self._life.ended or self._pool.closed or not _this_thread.ready:
+                self._ready()
             live = self._begin_step(num_tokens, sizes)
             target = self._fill_for(live)
             found = self._arena.write(self._ring.acquire(), inputs, live, target.padded)
@@ -817,7 +819,7 @@ class InputBufferManager:
             if self._lease is not None or _captures or sizes or type(num_tokens) is not int or num_tokens < 0:
                 live = self._begin_step(num_tokens, sizes)
             else:
-                live = (num_tokens,) if len(self._axes) == 1 else live_sizes(self._axes, num_tokens, sizes)
+                live = live_sizes(self._axes, num_tokens, sizes) if self._further_axes else (num_tokens,)
             target = self._service.covering(live)
             if target is None:
                 result = self._overflow(inputs, live, each)

@@ -135,15 +135,16 @@ class StagingRing:
             return
         self.waits += 1
         pause = 0.0
-        while step - self._retired[0] >= self.depth:
-            idle = self._stream.query()
-            if idle and step - self._retired[0] >= self.depth:
-                raise RuntimeError(
-                    f"the stream is idle but only {self._retired[0]} of {step} staged steps were read: "
-                    "a captured graph ran without its fill, or its memory was overwritten"
-                )
-            time.sleep(pause)
-            pause = min(pause + 1e-6, 5e-5)
+        with _cuda.on_device(self._stream.device):  # a thread that left ``with cuda.gpus[i]:`` has no context to ask in
+            while step - self._retired[0] >= self.depth:
+                idle = self._stream.query()
+                if idle and step - self._retired[0] >= self.depth:
+                    raise RuntimeError(
+                        f"the stream is idle but only {self._retired[0]} of {step} staged steps were read: "
+                        "a captured graph ran without its fill, or its memory was overwritten"
+                    )
+                time.sleep(pause)
+                pause = min(pause + 1e-6, 5e-5)
 
     def halt(self, repair: Callable[[], None]) -> None:
         """Lend no block before `repair` has called `reset`; `acquire` calls it, and raises what it raises.

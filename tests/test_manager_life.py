@@ -317,8 +317,9 @@ print("right")
 
 
 @pytest.mark.real
-def test_a_thread_that_left_its_device_goes_on_stepping():
-    manager = make()
+@pytest.mark.parametrize("ring", [1, 4])  # 1: it has to wait for a block, too
+def test_a_thread_that_left_its_device_goes_on_stepping(ring):
+    manager = make(ring=ring)
     out = capture(manager)
 
     def run():

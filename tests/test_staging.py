@@ -12,6 +12,8 @@ from numbabuf.staging import ALIGNMENT, StagingRing, align
 class Stream:
     """A stream that is busy for a number of queries; `then` runs at each."""
 
+    device = 0
+
     def __init__(self, busy, then=None):
         self.busy, self.then = busy, then
 
@@ -100,11 +102,11 @@ def test_the_last_fill_may_finish_between_the_two_questions():
 
 
 def test_a_fault_ends_the_wait():
-    class Faulted:
+    class Faulted(Stream):
         def query(self):
             raise OSError("illegal address")
 
-    ring, _ = make([((4, "int64"), None, None)], depth=1, stream=Faulted())
+    ring, _ = make([((4, "int64"), None, None)], depth=1, stream=Faulted(busy=0))
     ring.advance()
     with pytest.raises(OSError, match="illegal"):
         ring.acquire()
