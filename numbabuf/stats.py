@@ -149,7 +149,7 @@ class HierarchyStats(PoolStats):
     """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
 
     promotions: int = 0
-    """Buffers brought to device memory."""
+    """Buffers brought up: to device memory, or to managed memory where an address there was taken."""
     demotions: int = 0
     """Buffers sent from it, or from managed memory, downwards."""
     clean_demotions: int = 0
