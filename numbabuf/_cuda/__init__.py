@@ -387,7 +387,9 @@ def zero(array: Any, stream: Any) -> None:
 
 def synchronize() -> None:
     """Block the host until all work on the device is done, that of destroyed streams included."""
-    if not SIM:
+    if SIM:
+        _impl.synchronize()
+    else:
         require()
         cuda.synchronize()
 

@@ -18,7 +18,7 @@ from numba import cuda
 from ..errors import BackendError, CaptureError
 from .exchange import host_exporter
 from .operands import kept
-from .thread import ALLOCATION, WAIT, Lifetime, capture_here, refusal, this_thread
+from .thread import ALLOCATION, WAIT, WRITE, Lifetime, capture_here, refusal, this_thread
 
 PER_THREAD = os.environ.get("CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM", "0") not in ("", "0")
 LEGACY, PER_THREAD_HANDLE = 1, 2  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD (cuda.h)
@@ -32,6 +32,7 @@ def require() -> None:
         raise ImportError("the package numba-cuda (with cuda-core) is not installed") from None
     _watch_resets()
     if current_device() is None:
+        _drop_dead_contexts()
         # Numba remembers no context outside its own calls, so this looks at the driver and pushes one.
         cuda.current_context()
 
@@ -42,6 +43,16 @@ def current_device() -> int | None:
 
     code, device = driver.cuCtxGetDevice()
     return int(device) if code == driver.CUresult.CUDA_SUCCESS else None
+
+
+def _drop_dead_contexts() -> None:
+    """Take contexts that were destroyed off this thread's stack: they answer every call, Numba's too, with an error."""
+    from cuda.bindings import driver
+
+    while current_device() is None:
+        code, context = driver.cuCtxGetCurrent()
+        if int(code) != 0 or int(context) == 0 or int(driver.cuCtxPopCurrent()[0]) != 0:
+            return
 
 
 def device_id() -> int:
@@ -298,7 +309,8 @@ def default_stream() -> Stream:
 def _legacy() -> Stream:
     from cuda.core import Stream as CoreStream
 
-    return Stream(CoreStream.from_handle(0))
+    # Where the switch makes handle 0 each thread's own, the stream of all threads has another name.
+    return Stream(CoreStream.from_handle(LEGACY if PER_THREAD else 0))
 
 
 def _own_default() -> Stream:
@@ -341,7 +353,7 @@ def wrap_stream(stream: Any) -> Stream:
 def is_capturing(stream: Stream) -> bool:
     from cuda.bindings import driver
 
-    if stream.handle == 0 or stream.elsewhere:
+    if stream.handle in (0, LEGACY) or stream.elsewhere:
         return False  # the legacy default stream cannot be captured, and asking it ends the captures of others
     code, status = driver.cuStreamIsCapturing(stream.handle)
     return code == driver.CUresult.CUDA_SUCCESS and status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
@@ -539,6 +551,21 @@ class Capture:
             if deferral is not None:
                 deferral.__exit__(None, None, None)
 
+    def load(self, compile: Any) -> None:
+        """Have a kernel compiled and loaded outside: this driver loads nothing in a capture, a relaxed one included.
+
+        What a throw-away capture has recorded so far is not wanted: it is left, and begun anew.
+        """
+        builder, self._builder = self._builder, None
+        try:
+            builder.end_building()
+        except Exception:  # the refused load has invalidated the capture
+            pass
+        builder.close()
+        compile()
+        self._builder = self.stream.core.create_graph_builder()
+        self._builder.begin_building("relaxed")
+
     def keep(self, operand: Any) -> None:
         """Keep `operand` alive as long as the graph."""
         self._operands.extend(kept(operand))
@@ -567,7 +594,7 @@ def _hook() -> None:
     if _originals:
         return
     from numba.cuda.cudadrv import driver as numba_driver
-    from numba.cuda.cudadrv.devicearray import DeviceNDArrayBase
+    from numba.cuda.cudadrv.devicearray import DeviceNDArray, DeviceNDArrayBase
     from numba.cuda.dispatcher import CUDADispatcher
 
     launch = CUDADispatcher.call
@@ -580,6 +607,13 @@ def _hook() -> None:
             stream = given[0].stream if hasattr(given[0], "stream") else given[2]
             capture.check(stream, f"kernel {self.py_func.__name__}")
             capture.keep(args)
+            if capture.dry:
+                try:
+                    return launch(self, args, *configuration, **options)
+                except Exception as error:
+                    if not is_capture_error(error):
+                        raise
+                capture.load(lambda: self.compile(tuple(self.typeof_pyval(arg) for arg in args)))
         return launch(self, args, *configuration, **options)
 
     def wrap_copy(owner: Any, name: str, *, into_nothing: bool) -> Any:
@@ -619,6 +653,8 @@ def _hook() -> None:
         (numba_driver.Context, "memallocmanaged"), (numba_driver.Context, "mempin"),
     ):  # fmt: skip
         _replace(owner, name, wrap_refusal(owner, name, *ALLOCATION))
+    for name in ("__setitem__", "setitem"):
+        _replace(DeviceNDArray, name, wrap_refusal(DeviceNDArray, name, *WRITE))
     for owner in (numba_driver.Context, numba_driver.Stream, numba_driver.Event):
         _replace(owner, "synchronize", wrap_refusal(owner, "synchronize", *WAIT))
 

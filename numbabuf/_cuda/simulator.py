@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numba import cuda
+from numba.cuda.simulator.cudadrv import driver
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from numba.cuda.simulator.kernel import FakeCUDAKernel
 
@@ -107,6 +108,12 @@ def flush_pending_frees() -> None:
     """Nothing is put off here."""
 
 
+def synchronize() -> None:
+    """Refuse a wait in a capture, as the driver does."""
+    if capture_here(captures) is not None:
+        raise CaptureError(refusal(*WAIT))
+
+
 def zero(array: Any, stream: Stream) -> None:
     _host(array)[...] = 0
 
@@ -142,6 +149,7 @@ class Stream:
 
     def synchronize(self) -> None:
         """All work is already done."""
+        synchronize()
 
     def query(self) -> bool:
         """All work is already done."""
@@ -198,6 +206,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Always done."""
+        synchronize()
 
     def wait(self, stream: Stream) -> None:
         """Always done."""
@@ -374,6 +383,16 @@ def _install() -> None:
 
         return refuse
 
+    def moving(original: Any, name: str, operands: int) -> Any:
+        def move(*args: Any, **options: Any) -> Any:
+            given = (*args, *(options[key] for key in ("dst", "src", "val", "size", "stream") if key in options))
+            capture = _recorder(given[3] if len(given) > 3 else 0, name)
+            if capture is None:
+                return original(*args, **options)
+            return capture.record(lambda: original(*args, **options), given[:operands])
+
+        return move
+
     def close() -> None:
         global _life
         _life.ended, _life = True, Lifetime()
@@ -381,13 +400,23 @@ def _install() -> None:
 
     _close = cuda.close
     cuda.close = close
-    for name in ("device_array", "device_array_like", "to_device", "pinned_array", "pinned_array_like", "mapped_array"):
+    for name in (
+        "device_array",
+        "device_array_like",
+        "to_device",
+        "pinned_array",
+        "pinned_array_like",
+        "mapped_array",
+        "pinned",
+    ):
         if hasattr(cuda, name):
             setattr(cuda, name, refusing(getattr(cuda, name), *ALLOCATION))
     cuda.synchronize = refusing(cuda.synchronize, *WAIT)
     for kind in (_NumbaStream, cuda.event):
         kind.synchronize = refusing(kind.synchronize, *WAIT)
     FakeCUDAArray.__setitem__ = refusing(FakeCUDAArray.__setitem__, *WRITE)
+    for name, operands in (("device_to_device", 2), ("device_memset", 1)):
+        setattr(driver, name, moving(getattr(driver, name), name, operands))
     FakeCUDAKernel.__getitem__ = lambda self, configuration: _Launch(self, configuration)
     FakeCUDAArray.copy_to_device = copy_to_device
     FakeCUDAArray.copy_to_host = copy_to_host
