@@ -91,6 +91,7 @@ class InputBufferManager:
 
     Examples
     --------
+    >>> import numpy as np
     >>> manager = InputBufferManager(max_batch_size=4, max_seq_len=8, buckets=[8, 16, 32])
     >>> views = manager.stage_inputs({"input_ids": np.arange(5), "positions": np.arange(5)}, 5)
     >>> manager.synchronize()
