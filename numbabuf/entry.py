@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from . import _cuda, html
 from .errors import StaleBufferError
-from .memory import Block, Ticket
+from .memory import Block, Ticket, refuse_captured
 from .spec import BufferSpec, BufferState, Tier, is_bfloat16
 
 __all__ = ["BufferEntry"]
@@ -97,8 +97,8 @@ class BufferEntry:
 
         Notes
         -----
-        Cost: no lock and no driver call where no stream was named. Capture: while any capture is open on the device
-        the buffer is put aside until it ends.
+        Cost: no lock and no driver call where no stream was named. Capture: in a thread that captures a graph the
+        buffer is put aside until the end of the capture.
         """
         # Hot path, guarded by benchmarks/pool.py. Popping the list is what makes a release happen exactly once: it is
         # atomic, with the interpreter's lock and without it. A pair of threads that release the same entry:
@@ -110,7 +110,7 @@ class BufferEntry:
         except IndexError:
             self._refuse("released")
         block = ticket.block
-        if block.plain and stream is None and not _open_captures:
+        if block.plain and stream is None and not (_open_captures and _cuda.capturing()):
             del self.array
             block.home(ticket)
             # A close makes all blocks not plain, then frees what is idle. Where it comes between the look above and
@@ -161,9 +161,16 @@ class BufferEntry:
         ----------
         stream
             A Numba or cuda.core stream, anything with ``__cuda_stream__``, or 0 for the default stream.
+
+        Raises
+        ------
+        CaptureError
+            Another library, or another thread, captures the stream: keep the entry as long as that graph lives.
         """
         block = self._block("used")
-        block.add_user(_cuda.as_stream(stream))
+        wrapped = _cuda.as_stream(stream)
+        refuse_captured(wrapped)
+        block.add_user(wrapped)
 
     def mark_staged(self) -> None:
         """Say that inputs were written and are not yet consumed: the entry is STAGED."""

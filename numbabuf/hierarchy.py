@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from . import _cuda, calibration
@@ -71,9 +71,9 @@ class _TierLedger(Ledger):
     def limit(self, tier: Tier) -> int | None:
         return self._budgets[tier]
 
-    def set_limit(self, tier: Tier, nbytes: int) -> None:
+    def set_limit(self, tier: Tier, nbytes: int | None) -> None:
         """Change the budget of a tier; what is reserved fits it already."""
-        self._budgets[tier] = nbytes
+        self._budgets[tier] = nbytes or 0
 
     def sharing(self, tier: Tier) -> tuple[Tier, ...]:
         return (tier,)
@@ -145,37 +145,6 @@ class _TierStore(Store):
         room = self.ledger.room(tier)
         assert room is not None
         return room + sum(block.nbytes for block in blocks if block.tier is tier)
-
-
-class Limits(MutableMapping[Tier, int]):
-    """The budgets of a hierarchical pool in bytes, by tier. Assigning an item changes a budget."""
-
-    __slots__ = ("_pool",)
-
-    def __init__(self, pool: HierarchicalBufferPool) -> None:
-        self._pool = pool
-
-    def __getitem__(self, tier: Tier) -> int:
-        store = self._pool._store
-        limit = store.ledger.limit(Tier(tier))
-        if limit is None:  # the memory is another process's, or gone with its context, and the account with it
-            store.refuse_closed()
-        return limit or 0
-
-    def __setitem__(self, tier: Tier, nbytes: int) -> None:
-        self._pool._set_limit(tier, nbytes)
-
-    def __delitem__(self, tier: Tier) -> None:
-        raise TypeError("every tier of a hierarchical pool has a limit: assign another, or 0")
-
-    def __iter__(self) -> Iterator[Tier]:
-        return iter(ORDER)
-
-    def __len__(self) -> int:
-        return len(ORDER)
-
-    def __repr__(self) -> str:
-        return f"<Limits {', '.join(f'{tier.value}: {nbytes}' for tier, nbytes in self.items())}>"
 
 
 class _Lease:
@@ -311,32 +280,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     # -------------------------------------------------------------------------------------------------------- limits
 
-    @property
-    def limits(self) -> Limits:
-        """Budget of each tier in bytes: ``pool.limits[Tier.DEVICE] = 2 << 30``, or a mapping for some of the tiers.
-
-        Below what is reserved, idle memory is freed first, then the coldest buffers are demoted.
-
-        Raises
-        ------
-        TierFullError
-            What is in use, fixed or under graphs does not fit the new limit, or the tiers below have no room for what
-            would have to go; the limit stays.
-        CaptureError
-            Memory would have to be freed, and this thread captures a graph.
-        TypeError, ValueError
-            The tier is unknown, or the limit no whole number >= 0.
-        """
-        return Limits(self)
-
-    @limits.setter
-    def limits(self, limits: Mapping[Tier, int]) -> None:
-        if not isinstance(limits, Mapping):
-            raise TypeError(f"limits is {limits!r}: give a mapping of tiers to bytes, or assign limits[Tier.DEVICE]")
-        for tier, nbytes in limits.items():
-            self._set_limit(tier, nbytes)
-
-    def _set_limit(self, tier: Tier, nbytes: int) -> None:
+    def _set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        """As in `SimpleBufferPool`; once idle memory is freed, the coldest buffers are demoted too."""
         tier = Tier(tier)
         nbytes = whole_number(f"limits[{tier}]", nbytes)
         store = self._store

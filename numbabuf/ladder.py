@@ -111,7 +111,7 @@ class Ladder:
         return f"{'lost buffers found, ' if found else ''}{self._trim(tier, nbytes)}"
 
     def _flush(self, tier: Tier, nbytes: int) -> str:
-        _cuda.flush_pending_frees()
+        self._store.flush()
         return "the frees that Numba had put off are carried out"
 
     @property
@@ -148,5 +148,5 @@ class Ladder:
             f"{spec} asks for {spec.size_bytes} bytes of {tier.value} memory and there is no room. Reserved by this "
             f"pool in this tier: {reserved} bytes in {len(mine)} buffers, of which {idle} idle; limit: "
             f"{'none' if limit is None else f'{limit} bytes'}; {device}. Tried: {'; '.join(report)}. Last error: "
-            f"{last}. Release buffers, ask for less, or raise the limit"
+            f"{last}. Release buffers, ask for less, or raise pool.limits[{tier}]"
         )

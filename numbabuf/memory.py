@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from . import _cuda
-from .errors import TierFullError
+from .errors import CaptureError, TierFullError
 from .spec import BufferSpec, Tier
 
-__all__ = ["EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "same_memory", "same_stream", "size_class"]
+__all__ = [
+    "EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "same_memory", "same_stream",
+    "size_class",
+]  # fmt: skip
 
 EXACT_ABOVE = 16 << 20
 """Requests above this many bytes are not rounded up."""
@@ -69,6 +72,8 @@ class Block:
         Whether a release may put the block straight back: nothing is known but "leased by one owner, no queued work".
     generation : int
         Number of leases so far. Only the leaseholder writes it.
+    captured : stream or None
+        The stream of the capture that the current lease began in, and in which it ended if the block is put aside.
     clean_at : int
         The generation after which the block was last known to have no queued work; see `clean`.
     users : tuple of streams
@@ -84,8 +89,8 @@ class Block:
     """
 
     __slots__ = (
-        "__weakref__", "address", "array", "base", "clean_at", "device_views", "events", "generation", "home", "nbytes",
-        "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
+        "__weakref__", "address", "array", "base", "captured", "clean_at", "device_views", "events", "generation",
+        "home", "nbytes", "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
     )  # fmt: skip
 
     home: Any
@@ -105,6 +110,7 @@ class Block:
         self.device_views: dict[BufferSpec, Any] = {}
         self.generation = 0
         self.clean_at = 0
+        self.captured: Any = None
         self.users: tuple[Any, ...] = ()
         self.events: list[tuple[Any, Any]] = []
         self.pins: dict[int, weakref.ref[Pin]] = {}
@@ -183,6 +189,21 @@ def same_stream(one: Any, other: Any) -> bool:
     return owner is not None and owner is getattr(other.numba, "owner", None)
 
 
+def refuse_captured(stream: Any) -> None:
+    """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
+    if not _cuda.capturing() and not stream.closed and _cuda.is_capturing(stream):
+        raise CaptureError(
+            f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
+            "numbabuf, and nothing tells a pool when that graph is done with a buffer: allocate it before that capture "
+            "without naming this stream, and keep it, unreleased, as long as the graph lives"
+        )
+
+
+def line_of(stream: Any) -> Any:
+    """Return what the released buffers of a stream are kept under: its work is done in order, theirs with it."""
+    return stream.handle if stream.thread is None else stream.thread
+
+
 class Ticket:
     """The right to a block; there is one per block, held by a shelf of the pool or by the one who leased it.
 
@@ -252,6 +273,17 @@ class Ledger:
         """Return the limit that `tier` counts against."""
         return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
 
+    def set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        """Change the limit that `tier` counts against; the caller has seen to it that what is reserved fits."""
+        if tier is Tier.PINNED:
+            self.max_pinned_bytes = nbytes
+        else:
+            self.max_bytes = nbytes
+
+    def taken(self, tier: Tier) -> int:
+        """Return the bytes reserved and promised that count against the limit of `tier`."""
+        return sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
+
     def sharing(self, tier: Tier) -> tuple[Tier, ...]:
         """Return the tiers that count against one limit with `tier`, itself included."""
         return same_memory(tier)
@@ -261,7 +293,7 @@ class Ledger:
         limit = self.limit(tier)
         if limit is None:
             return None
-        return limit - sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
+        return limit - self.taken(tier)
 
     def promise(self, tier: Tier, nbytes: int) -> None:
         """Set `nbytes` aside before the driver is asked; raise TierFullError, with nothing changed, without room."""

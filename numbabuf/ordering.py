@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _cuda
-from .memory import Block, Ticket, same_stream
+from .memory import Block, Ticket, line_of, same_stream
 from .shelves import Shelf, pop_fitting, pop_oldest
 from .spec import Tier
 
@@ -19,8 +19,6 @@ __all__ = ["REUSE", "StreamOrder"]
 
 REUSE = ("wait", "done", "same")
 """Who may have device memory that was released on a stream; `SimpleBufferPool` says what each means."""
-
-_open_captures = _cuda.captures
 
 
 class StreamOrder:
@@ -33,7 +31,7 @@ class StreamOrder:
     Attributes
     ----------
     waits : int
-        Times a stream was made to wait for another.
+        Times a stream was put behind others; several that used one buffer count once.
     lost_streams : int
         Times a stream took no mark any more, so that the host waited for the device instead.
     spare : list
@@ -42,21 +40,19 @@ class StreamOrder:
     Notes
     -----
     Threads: the caller holds the pool's lock, but the `ready` lines of shelves may lose tickets to hits meanwhile.
-    Capture: while one is open, no event is recorded, queried or waited for; `take` passes over what would need it.
+    Capture: in a thread that captures, no event is recorded, queried or waited for; `take` passes over what would need
+    it. Other threads go on: a thread-local capture restricts its own alone.
     """
 
     def __init__(self, reuse: str = "wait") -> None:
         self.reuse = reuse
         self.waits = self.lost_streams = 0
         self.spare: list[Any] = []
-        self._default: Any = None
 
     @property
     def default(self) -> Any:
-        """The default stream, which work without a named stream is on."""
-        if self._default is None:
-            self._default = _cuda.as_stream(0)
-        return self._default
+        """The default stream, which work without a named stream is on: that of the calling thread, if each has one."""
+        return _cuda.as_stream(0)
 
     # --------------------------------------------------------------------------------------------------------- taking
 
@@ -67,13 +63,13 @@ class StreamOrder:
             ticket = pop_fitting(shelf.ready, nbytes)
         else:
             ticket = self._take_own(shelf, nbytes, stream) or self._take_ready(shelf, nbytes, stream)
-        if ticket is None and not host and self.reuse == "wait" and not _open_captures:
+        if ticket is None and not host and self.reuse == "wait" and not _cuda.capturing():
             return self._take_from_others(shelf, nbytes, stream)
         return ticket
 
     def _take_own(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
         """Take the newest buffer that was released on `stream` itself; only its further users need a wait."""
-        line = shelf.ordered.get(stream.handle)
+        line = shelf.ordered.get(line_of(stream))
         aside: list[Ticket] = []
         try:
             while line:
@@ -82,18 +78,18 @@ class StreamOrder:
                 user, _ = block.events[-1]  # who released it
                 if block.nbytes < nbytes or not same_stream(user, stream):
                     continue
-                if len(block.events) > 1 and (_open_captures or not self.put_behind(block.events, stream)):
+                if len(block.events) > 1 and (_cuda.capturing() or not self.put_behind(block.events, stream)):
                     continue
                 self.forget_marks(block)
                 return aside.pop()
         finally:
             if aside:  # the line, empty meanwhile, may have been dropped by a finaliser that called the pool
-                shelf.ordered.setdefault(stream.handle, deque()).extend(reversed(aside))
+                shelf.ordered.setdefault(line_of(stream), deque()).extend(reversed(aside))
         return None
 
     def _take_ready(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
         """Take a buffer without queued work, or, where that is allowed, one that the default stream may still use."""
-        passable = self.reuse != "same" and not _open_captures
+        passable = self.reuse != "same" and not _cuda.capturing()
         aside: list[Ticket] = []
         try:
             while (ticket := pop_fitting(shelf.ready, nbytes)) is not None:
@@ -136,6 +132,7 @@ class StreamOrder:
             Event None: all that is queued on that stream by now.
         """
         _cuda.require()
+        waited = False
         for user, event in marks:
             if same_stream(user, stream):
                 continue
@@ -143,7 +140,9 @@ class StreamOrder:
                 if not (user if event is None else event).query():
                     return False
                 continue
-            if event is None:  # the default stream, which needs no mark before somebody else comes
+            if event is None and user.elsewhere:  # no other thread can mark it
+                _cuda.synchronize()
+            elif event is None:  # the default stream, which needs no mark before somebody else comes
                 event = self._mark(user)
                 try:
                     event.wait(stream)
@@ -151,7 +150,8 @@ class StreamOrder:
                     self.spare.append(event)
             else:
                 event.wait(stream)
-            self.waits += 1
+            waited = True
+        self.waits += waited
         return True
 
     # ------------------------------------------------------------------------------------------------ marks of a block
@@ -174,8 +174,13 @@ class StreamOrder:
                 _cuda.synchronize()
                 self.lost_streams += 1
                 events = []
+                block.clean_at = block.generation
         block.users, block.events = (), events
         return bool(events)
+
+    def captured(self, streams: Sequence[Any]) -> bool:
+        """Whether one of `streams` is being captured, so that a mark would become part of the graph."""
+        return any(not stream.closed and _cuda.is_capturing(stream) for stream in streams)
 
     def _mark(self, stream: Any) -> Any:
         """Return an event recorded on `stream`."""

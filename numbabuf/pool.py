@@ -10,7 +10,7 @@ import contextlib
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,13 +20,15 @@ from .checks import whole_number
 from .entry import BufferEntry
 from .errors import CaptureError, TierFullError
 from .ladder import Ladder
-from .memory import Ledger, Ticket
+from .memory import Ledger, Ticket, refuse_captured
 from .ordering import REUSE
 from .spec import BufferSpec, Tier
 from .stats import Frozen, OomSteps, PoolStats, Scope, caller
 from .store import Store
 
-__all__ = ["BufferPool", "SimpleBufferPool"]
+__all__ = ["BufferPool", "Limits", "SimpleBufferPool"]
+
+_open_captures = _cuda.captures
 
 
 class BufferPool(ABC):
@@ -78,6 +80,33 @@ class BufferPool(ABC):
         self.close()
 
 
+class Limits(MutableMapping[Tier, "int | None"]):
+    """The limits of a pool in bytes, by tier; None for none. Assigning an item changes a limit."""
+
+    __slots__ = ("_change", "_look")
+
+    def __init__(self, look: Callable[[Tier], int | None], change: Callable[[Tier, int | None], None]) -> None:
+        self._look, self._change = look, change
+
+    def __getitem__(self, tier: Tier) -> int | None:
+        return self._look(Tier(tier))
+
+    def __setitem__(self, tier: Tier, nbytes: int | None) -> None:
+        self._change(Tier(tier), nbytes)
+
+    def __delitem__(self, tier: Tier) -> None:
+        raise TypeError("a limit is not deleted: assign another, or None where the pool has no need of one")
+
+    def __iter__(self) -> Iterator[Tier]:
+        return iter(Tier)
+
+    def __len__(self) -> int:
+        return len(Tier)
+
+    def __repr__(self) -> str:
+        return f"<Limits {', '.join(f'{tier.value}: {nbytes}' for tier, nbytes in self.items())}>"
+
+
 class SimpleBufferPool(BufferPool):
     """A pool that reuses memory of the same spec, then of the same size class, then asks the driver.
 
@@ -109,11 +138,15 @@ class SimpleBufferPool(BufferPool):
     Streams: the order of work is known from the streams that `allocate`, `release`, `BufferEntry.mark_in_use` and
     `record_stream` were given; None is the default stream for device memory, and the CPU alone for the other tiers.
     A `reuse` wait costs one driver call; a release with a stream one event.
-    Capture: while a graph is captured on the device, nothing is freed, queried or allocated; releases are put aside
-    until the end of it, and an allocation that no idle buffer can serve raises CaptureError. Memory that a live graph
-    reads or writes is not handed out again before the graph is closed, even if it is released.
-    Devices: all memory is on one device, the one that was current when the first of it was allocated. More is refused
-    (BackendError) while another device is current; idle memory, which is leased without a driver call, is not.
+    Capture: a thread that captures a graph frees, queries and allocates nothing; its releases are put aside until the
+    end of the capture, and an allocation that no idle buffer can serve raises CaptureError. Other threads go on. Memory
+    that a live graph reads or writes is not handed out again before the graph is closed, even if it is released, but
+    to captures on the same stream: their graphs share what is leased and released within them. Of a graph that another
+    library captures a pool knows nothing: keep what it uses leased as long as it lives.
+    Devices: all memory is on one device, the one that was current when the first of it was allocated; what the pool
+    does by itself runs there, whichever is current. More is refused (BackendError) while another device is current,
+    and so is a stream of another device; idle memory is not.
+    Contexts: a pool whose context was closed (``cuda.close()``) raises ClosedError; `close` and releases are quiet.
     Processes: after a fork the child's copy of the pool is closed, and neither frees nor reports anything.
 
     Examples
@@ -197,14 +230,16 @@ class SimpleBufferPool(BufferPool):
         TierFullError
             There is no room, and nothing made room; the text holds the whole account.
         CaptureError
-            A capture is open and no idle buffer fits.
+            This thread captures and no idle buffer fits, or `stream` is captured by another thread or library.
+        BackendError
+            Another device is current than that of the memory and more is needed, or `stream` is another device's.
 
         Notes
         -----
         Cost: a hit takes a dictionary look-up and a pop, no lock and no driver call.
         """
         # Hot path, guarded by benchmarks/pool.py. The exceptions are the rare way out, and cost nothing otherwise.
-        if stream is None:
+        if stream is None and not _open_captures:
             try:
                 ticket = self._hot[spec].pop()
             except (KeyError, IndexError, TypeError):
@@ -234,10 +269,16 @@ class SimpleBufferPool(BufferPool):
     def _allocate_slowly(self, spec: BufferSpec, stream: Any) -> BufferEntry:
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
-        wrapped = None if stream is None else _cuda.as_stream(stream)
         store = self._store
-        with store.lock:
+        if stream is not None:
+            wrapped = self._stream(stream)
+        else:  # the default stream, which goes without saying where all threads have one
+            wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
+        with store.there(), store.lock:
             store.refuse_closed()
+            if wrapped is not None:
+                store.refuse_elsewhere(wrapped)
+                refuse_captured(wrapped)
             ticket, kind = store.find(spec, wrapped)
             if ticket is not None:
                 store.lease(ticket, kind, wrapped)
@@ -249,7 +290,7 @@ class SimpleBufferPool(BufferPool):
             )
 
         def serve() -> BufferEntry:
-            with store.lock:
+            with store.there(), store.lock:
                 ticket, kind = store.find(spec, wrapped)
             if ticket is None:
                 ticket, kind = store.grow(spec), "miss"
@@ -266,8 +307,17 @@ class SimpleBufferPool(BufferPool):
     def _take_back(self, ticket: Ticket, stream: Any) -> str:
         """End a lease that is not plain, for its entry; returns where, in debug mode."""
         store = self._store
-        store.release(ticket, None if stream is None else _cuda.as_stream(stream))
+        store.release(ticket, None if stream is None else self._stream(stream))
         return caller() if store.watch.debug else ""
+
+    @staticmethod
+    def _stream(stream: Any) -> Any:
+        """Wrap what a user calls a stream; that of this thread's own capture is known by one object."""
+        wrapped = _cuda.as_stream(stream)
+        here = _cuda.open_capture()
+        if here is not None and here.stream.handle == wrapped.handle and here.stream.thread is wrapped.thread:
+            return here.stream
+        return wrapped
 
     def _look_again(self) -> None:
         """A plain release may have met with the close of the pool, and then came home unseen."""
@@ -291,7 +341,7 @@ class SimpleBufferPool(BufferPool):
         TierFullError
             Not all of them fit. Names those that did not; the buffers that this call made are freed again.
         CaptureError
-            A capture is open.
+            This thread captures.
         ClosedError
             The pool is closed.
         """
@@ -304,7 +354,7 @@ class SimpleBufferPool(BufferPool):
             raise CaptureError("reserve cannot allocate while a graph is captured: call it before the capture")
         refused = self._store.reserve(wanted)
         if refused:
-            _cuda.flush_pending_frees()
+            self._store.flush()
             raise TierFullError(
                 f"{len(refused)} of {len(wanted)} buffers do not fit, and none was reserved: {_listed(refused)}. "
                 f"Free memory, raise the limit or reserve less; {self!r}"
@@ -326,7 +376,7 @@ class SimpleBufferPool(BufferPool):
         Raises
         ------
         CaptureError
-            A capture is open on the device: freeing is forbidden.
+            This thread captures, which forbids freeing.
 
         Notes
         -----
@@ -343,7 +393,7 @@ class SimpleBufferPool(BufferPool):
                 if excess > 0:
                     freed += store.free_idle(excess, (tier,))
         if freed:
-            _cuda.flush_pending_frees()
+            store.flush()
         return freed
 
     def clear(self) -> None:
@@ -352,7 +402,7 @@ class SimpleBufferPool(BufferPool):
         Raises
         ------
         CaptureError
-            A capture is open on the device: freeing is forbidden.
+            This thread captures, which forbids freeing.
         """
         self.trim(0)
 
@@ -364,14 +414,63 @@ class SimpleBufferPool(BufferPool):
         Raises
         ------
         CaptureError
-            A capture is open on the device: freeing is forbidden.
+            This thread captures, which forbids freeing.
         """
         store = self._store
         with store.lock:
             store.refuse_capture("close")
             freed = store.close("the pool is closed: make a new one, or allocate before close()")
         if freed:
-            _cuda.flush_pending_frees()
+            store.flush()
+
+    # --------------------------------------------------------------------------------------------------------- limits
+
+    @property
+    def limits(self) -> Limits:
+        """Limit of each tier in bytes: ``pool.limits[Tier.DEVICE] = 2 << 30``, or a mapping for some of the tiers.
+
+        In a `SimpleBufferPool` device and managed memory have one limit together. Below what is reserved, idle memory
+        is freed first.
+
+        Raises
+        ------
+        TierFullError
+            What is in use or under graphs does not fit the new limit; the limit stays.
+        CaptureError
+            Memory would have to be freed, and this thread captures a graph.
+        TypeError, ValueError
+            The tier is unknown, or the limit no whole number >= 0.
+        """
+        return Limits(self._limit, self._set_limit)
+
+    @limits.setter
+    def limits(self, limits: Mapping[Tier, int | None]) -> None:
+        if not isinstance(limits, Mapping):
+            raise TypeError(f"limits is {limits!r}: give a mapping of tiers to bytes, or assign limits[Tier.DEVICE]")
+        for tier, nbytes in limits.items():
+            self._set_limit(Tier(tier), nbytes)
+
+    def _limit(self, tier: Tier) -> int | None:
+        self._store.refuse_closed()
+        return self._store.ledger.limit(tier)
+
+    def _set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        nbytes = None if nbytes is None else whole_number(f"limits[{tier}]", nbytes)
+        store = self._store
+        with store.there(), store.lock:
+            store.refuse_closed()
+            ledger = store.ledger
+            if nbytes is not None and ledger.taken(tier) > nbytes:
+                store.refuse_capture("a lower limit")
+                store.settle()
+                store.free_idle(ledger.taken(tier) - nbytes, ledger.sharing(tier))
+                store.flush()
+                if ledger.taken(tier) > nbytes:
+                    raise TierFullError(
+                        f"{nbytes} bytes are too few for {tier.value} memory: {ledger.taken(tier)} are in use or under "
+                        f"graphs; the limit stays at {ledger.limit(tier)}. Release buffers, or close graphs, first"
+                    )
+            ledger.set_limit(tier, nbytes)
 
     # ---------------------------------------------------------------------------------------------------- observation
 

@@ -13,7 +13,7 @@ from typing import Any
 from .memory import Ticket, size_class
 from .spec import BufferSpec, Tier
 
-__all__ = ["Shelf", "Shelves", "pop_fitting", "pop_oldest"]
+__all__ = ["Shelf", "Shelves", "pop_fitting", "pop_oldest", "same_class"]
 
 
 class Shelf:
@@ -22,19 +22,22 @@ class Shelf:
     Attributes
     ----------
     spec : BufferSpec
+    blocks : int
+        Blocks that have this spec, idle or not.
     ready : deque of Ticket
         Those with no work queued on them but the default stream's, newest right. A hit pops here and a plain release
         appends, both without a lock: each is one step for all threads.
-    ordered : dict of int to deque of Ticket
-        Those that other streams may still use, by the handle of the stream that released them, newest right.
+    ordered : dict to deque of Ticket
+        Those that other streams may still use, by the stream that released them (`memory.line_of`), newest right.
     """
 
-    __slots__ = ("ordered", "ready", "spec")
+    __slots__ = ("blocks", "ordered", "ready", "spec")
 
     def __init__(self, spec: BufferSpec) -> None:
         self.spec = spec
+        self.blocks = 0
         self.ready: deque[Ticket] = deque()
-        self.ordered: dict[int, deque[Ticket]] = {}
+        self.ordered: dict[Any, deque[Ticket]] = {}
 
     def pop_idle(self) -> tuple[Ticket, deque[Ticket]] | None:
         """Take the buffer that has been idle longest, ready ones first; return it with the line that it was in."""
@@ -84,6 +87,25 @@ class Shelves:
                 self.hot[spec] = shelf.ready
         return shelf
 
+    def enter(self, spec: BufferSpec) -> Shelf:
+        """Return the shelf of `spec`, of which there is a block more."""
+        shelf = self.of(spec)
+        shelf.blocks += 1
+        return shelf
+
+    def leave(self, spec: BufferSpec) -> None:
+        """Count a block less of `spec`, and drop its shelf behind the last: sizes come and go by the thousand."""
+        shelf = self.by_spec.get(spec)
+        if shelf is None:
+            return
+        shelf.blocks -= 1
+        if shelf.blocks <= 0:
+            key = _class_key(spec)
+            del self.by_spec[spec], self._classes[key][spec]
+            if not self._classes[key]:
+                del self._classes[key]
+            self.hot.pop(spec, None)
+
     def kin(self, spec: BufferSpec) -> list[Shelf]:
         """Return the shelves of other specs of the same tier and size class."""
         own = self.by_spec.get(spec)
@@ -104,19 +126,14 @@ class Shelves:
         lines += [line for shelf in shelves for line in shelf.ordered.values()]
         return [ticket for line in list(map(list, lines)) for ticket in line]
 
-    def forget_others(self, specs: set[BufferSpec]) -> None:
-        """Drop the shelves of specs that are none of `specs`; no block is there for them any more."""
-        for shelf in self:
-            if shelf.spec not in specs:
-                key = _class_key(shelf.spec)
-                del self.by_spec[shelf.spec], self._classes[key][shelf.spec]
-                if not self._classes[key]:
-                    del self._classes[key]
-                self.hot.pop(shelf.spec, None)
-
 
 def _class_key(spec: BufferSpec) -> tuple[Tier, int]:
     return spec.tier, size_class(max(1, spec.size_bytes))
+
+
+def same_class(one: BufferSpec, other: BufferSpec) -> bool:
+    """Return whether one block may serve both specs."""
+    return _class_key(one) == _class_key(other)
 
 
 def pop_fitting(line: deque[Ticket], nbytes: int) -> Ticket | None:

@@ -14,17 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import _cuda
-from .errors import CaptureError, ClosedError
-from .memory import Alarm, Block, Ledger, Ticket, same_memory, size_class
+from .errors import BackendError, CaptureError, ClosedError
+from .memory import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, same_memory, size_class
 from .ordering import StreamOrder
-from .shelves import Shelves, pop_fitting
+from .shelves import Shelves, pop_fitting, same_class
 from .spec import BufferSpec, Tier
 from .stats import Watch
 
 __all__ = ["Store"]
 
 _log = logging.getLogger("numbabuf")
-_open_captures = _cuda.captures
 
 
 class Store:
@@ -52,6 +51,8 @@ class Store:
         All there are.
     device : int or None
         What they are on: the device that was current when the first was made.
+    life : Lifetime or None
+        That of the context they are in.
     counts : dict of str to int
         Of `stats.PoolStats`, what is counted here.
 
@@ -67,6 +68,7 @@ class Store:
         self.closed = ""
         self.watch = Watch(events)
         self._owner = owner
+        self.life: _cuda.Lifetime | None = None
         self._begin(ledger, StreamOrder(reuse))
 
     def _begin(self, ledger: Ledger, order: StreamOrder) -> None:
@@ -80,7 +82,7 @@ class Store:
         self.past_leases = self.past_bytes = 0  # of blocks that were freed
         self.peak_count = 0
         self.device: int | None = None
-        self._pending: dict[int, deque[Ticket]] = {}  # by the stream that released them, oldest left
+        self._pending: dict[Any, deque[Ticket]] = {}  # by the stream that released them, oldest left
         self._parked: list[Ticket] = []
         self._lost: deque[Alarm] = deque()  # those that went off
         self.set_hot()
@@ -89,6 +91,10 @@ class Store:
 
     def find(self, spec: BufferSpec, stream: Any) -> tuple[Ticket | None, str]:
         """Take an idle buffer that serves `spec` on `stream`, and say how it was found. Lock held."""
+        here = _cuda.open_capture()
+        ticket = None if here is None else self._take_captured(spec, stream, here.stream)
+        if ticket is not None:
+            return self._shaped(ticket, spec, stream)
         for attempt in range(2):
             shelf = self.shelves.by_spec.get(spec)
             ticket = None if shelf is None else self.order.take(shelf, spec.size_bytes, stream)
@@ -99,20 +105,60 @@ class Store:
         for other in self.shelves.kin(spec):
             ticket = self.order.take(other, spec.size_bytes, stream)
             if ticket is not None:
-                try:
-                    ticket.block.become(spec)
-                    ticket.block.home = self.shelves.of(spec).ready.append
-                except BaseException:
-                    ticket.block.users = () if stream is None else (stream,)
-                    self._park(ticket)
-                    raise
-                return ticket, "class_hit"
+                return self._shaped(ticket, spec, stream)
         return None, "miss"
+
+    def _shaped(self, ticket: Ticket, spec: BufferSpec, stream: Any) -> tuple[Ticket, str]:
+        """Give a buffer in hand the shape of `spec`, and say what kind of hit that is. Lock held."""
+        block = ticket.block
+        if block.spec == spec:
+            return ticket, "exact_hit"
+        before = block.spec
+        try:
+            block.become(spec)
+            block.home = self.shelves.enter(spec).ready.append
+            self.shelves.leave(before)
+        except BaseException:
+            block.users = () if stream is None else (stream,)
+            self._park(ticket)
+            raise
+        return ticket, "class_hit"
+
+    def _take_captured(self, spec: BufferSpec, stream: Any, captured: Any) -> Ticket | None:
+        """Take what was leased and released in captures of one stream, for another lease in such a capture. Lock held.
+
+        The graphs of one stream never run at once, so they share their temporaries; nobody else gets one while any of
+        those graphs lives.
+        """
+        if stream is not None and stream is not captured:
+            return None
+        found = None
+        for ticket in self._parked:
+            block = ticket.block
+            if (
+                block.captured is captured and block.tier is spec.tier and block.nbytes >= spec.size_bytes
+                and all(user is captured for user in block.users)
+                and (block.spec == spec or same_class(block.spec, spec))
+            ):  # fmt: skip
+                found = ticket
+                if block.spec == spec:
+                    break
+        if found is not None:
+            self._parked.remove(found)
+            found.placed = False
+            found.block.users = ()
+        return found
 
     def lease(self, ticket: Ticket, kind: str, stream: Any) -> None:
         """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
         block = ticket.block
         block.generation += 1
+        here = _cuda.open_capture()
+        block.captured = None if here is None else here.stream
+        if here is not None:
+            block.plain = False  # its release must find out whether it is in the capture
+            if stream is None and block.tier is Tier.DEVICE:
+                stream = here.stream  # nothing can be launched on another there
         if stream is not None:
             block.users = (stream,)
             block.plain = False
@@ -127,8 +173,14 @@ class Store:
     def release(self, ticket: Ticket, stream: Any) -> None:
         """End a lease, whose last work is on `stream`; on an error it goes on as before."""
         block = ticket.block
-        with self.lock:
+        with self.there(), self.lock:
             users = block.users
+            if stream is not None:
+                self.refuse_elsewhere(stream)
+                refuse_captured(stream)
+            for user in users:
+                if not self._captured_by_us(user):
+                    refuse_captured(user)
             if stream is not None:
                 block.add_user(stream)
             try:
@@ -139,6 +191,30 @@ class Store:
                 raise
             if not self._hot:
                 self.watch.tell("release", block)
+
+    def there(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
+        return contextlib.nullcontext() if self.device is None else _cuda.on_device(self.device)
+
+    def refuse_elsewhere(self, stream: Any) -> None:
+        """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""
+        if _cuda.device_count() > 1:
+            mine = _cuda.device_id() if self.device is None else self.device
+            if stream.device != mine:
+                raise BackendError(
+                    f"a stream of device {stream.device} was given to {self._owner()!r}, whose memory is on device "
+                    f"{mine}: use a stream of that device, or a pool for each device"
+                )
+
+    @staticmethod
+    def _captured_by_us(stream: Any) -> bool:
+        """Whether numbabuf captures a stream, in whatever thread: what that graph reads is known, and stays."""
+        return any(capture.stream.handle == stream.handle for capture in list(_cuda.captures.values()))
+
+    def flush(self) -> None:
+        """Carry out the frees that Numba has put off on the device of the memory."""
+        with self.there():
+            _cuda.flush_pending_frees()
 
     def retire(self, ticket: Ticket) -> None:
         """Give up memory that a move took, without fail: what cannot be marked now is tried again later. Lock held."""
@@ -155,13 +231,22 @@ class Store:
         ticket.placed = True
         self._parked.append(ticket)
 
+    def _bound(self, block: Block) -> bool:
+        """Whether a graph or an open capture, of whatever thread, may still use a released block."""
+        users = block.users if block.captured is None else (*block.users, block.captured)
+        return block.pinned_by_graph or self.order.captured(users)
+
     def put_back(self, ticket: Ticket) -> None:
         """Put a released buffer where its users and the captures allow. Lock held.
 
         Once it is placed, nobody else may keep the ticket: an error or interrupt from then on does not undo a release.
         """
         block = ticket.block
-        if _open_captures or block.pinned_by_graph:
+        here = _cuda.open_capture()
+        bound = here is not None or self._bound(block)
+        if here is None or block.captured is not here.stream:
+            block.captured = None
+        if bound:
             self._park(ticket)
             return
         marked = self.order.mark_users(block)
@@ -173,7 +258,7 @@ class Store:
         if not marked:
             self.go_home(ticket)
             return
-        handle = block.events[-1][0].handle  # of the stream that released it
+        handle = line_of(block.events[-1][0])  # the stream that released it
         if block.tier is not Tier.DEVICE or self.order.reuse == "done":
             self._pending.setdefault(handle, deque()).append(ticket)
         else:
@@ -193,14 +278,18 @@ class Store:
 
         In a closed pool, home is the driver.
         """
-        if _open_captures:
+        if _cuda.capturing() or not (self._lost or self._parked or self._pending or self.closed):
             return False
+        with self.there():
+            return self._settle()
+
+    def _settle(self) -> bool:
         if self._pending:
             _cuda.require()
         moved = self._reclaim()
         for ticket in list(self._parked):
             # Taken before anything is done with it: a finaliser that runs meanwhile may call the pool, and settle, too.
-            if not ticket.block.pinned_by_graph and ticket in self._parked:
+            if not self._bound(ticket.block) and ticket in self._parked:
                 self._parked.remove(ticket)
                 ticket.placed = False
                 try:
@@ -218,7 +307,7 @@ class Store:
             self.free_idle(self.ledger.total, tuple(Tier))
         return moved
 
-    def _settle_line(self, handle: int) -> bool:
+    def _settle_line(self, handle: Any) -> bool:
         """Bring home what is done of one stream's pending buffers, which finish in order."""
         moved = False
         while line := self._pending.get(handle):
@@ -254,7 +343,7 @@ class Store:
 
     def finish_pending(self) -> None:
         """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
-        with self.lock:
+        with self.there(), self.lock:
             for line in list(self._pending.values()):
                 for ticket in list(line):
                     self.order.wait(ticket.block)
@@ -277,6 +366,8 @@ class Store:
         with self.lock:
             self.refuse_closed()
             self.device = _cuda.one_device(self.device, self._owner())
+            self.life = _cuda.lifetime()
+            self.life.holders.add(self)
             room = self.ledger.room(spec.tier)
             if room is not None and exact <= room < nbytes:
                 nbytes = exact  # rounding is not worth a refusal
@@ -290,7 +381,7 @@ class Store:
                 ticket = self._issue(block)
                 self.peak_count = max(self.peak_count, len(self.blocks))
                 block.pool = self._owner
-                block.home = self.shelves.of(spec).ready.append
+                block.home = self.shelves.enter(spec).ready.append
                 self.tell("grow", block)
                 return ticket
         except BaseException:
@@ -299,23 +390,27 @@ class Store:
                     self.ledger.withdraw(spec.tier, nbytes)
             raise
 
-    def try_to_grow(self, spec: BufferSpec) -> Ticket | Exception:
-        """Grow; where there is no room, return the error that says so."""
+    def try_to_grow(self, spec: BufferSpec) -> Ticket | None:
+        """Grow; None where there is no room.
+
+        The error that says so ends here. One that is kept in a local of a frame that it passed through makes a cycle,
+        error -> traceback -> frame, and the memory of freed blocks then lives until the collector runs.
+        """
         try:
             return self.grow(spec)
         except Exception as error:
             if not _cuda.is_out_of_memory(error):
                 raise
-            return error
+        return None
 
-    def grow_or_trim(self, spec: BufferSpec) -> Ticket | Exception:
+    def grow_or_trim(self, spec: BufferSpec) -> Ticket | None:
         """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
         found = self.try_to_grow(spec)
-        if isinstance(found, Ticket):
-            return found
-        self.make_room(spec.tier, max(1, spec.size_bytes))
-        _cuda.flush_pending_frees()
-        return self.try_to_grow(spec)
+        if found is None:
+            self.make_room(spec.tier, max(1, spec.size_bytes))
+            self.flush()
+            found = self.try_to_grow(spec)
+        return found
 
     def reserve(self, specs: list[BufferSpec]) -> list[BufferSpec]:
         """Have an idle buffer for each of `specs`, free for any stream; return those that do not fit.
@@ -338,21 +433,21 @@ class Store:
         try:
             unsure = [ticket.block for ticket in held if ticket.block.tier is Tier.DEVICE and not ticket.block.clean]
             if unsure:
-                _cuda.require()
-                self.order.default.synchronize()
+                with self.there():
+                    self.order.default.synchronize()
                 for block in unsure:
                     block.clean_at = block.generation
             for spec in missing:
                 found = self.grow_or_trim(spec)
-                if isinstance(found, Ticket):
-                    made.append(found)
-                else:
+                if found is None:
                     refused.append(spec)
+                else:
+                    made.append(found)
         except BaseException:
             refused = missing
             raise
         finally:
-            with self.lock:
+            with self.there(), self.lock:
                 for ticket in held:
                     self.go_home(ticket)
                 for ticket in made:
@@ -374,11 +469,15 @@ class Store:
             else:
                 freed = self.free_idle(self.ledger.total, same_memory(tier))
         if freed:
-            _cuda.flush_pending_frees()
+            self.flush()
         return freed
 
     def free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
         """Free idle blocks until `nbytes` are freed or none is left. Lock held; no capture is open."""
+        with self.there():
+            return self._free_idle(nbytes, tiers)
+
+    def _free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
         freed = 0
         synchronised = False
         for shelf in self.shelves:
@@ -399,7 +498,6 @@ class Store:
                     raise
                 freed += block.nbytes
                 self.free(ticket)
-        self.shelves.forget_others({block.spec for block in self.blocks})
         return freed
 
     def free(self, ticket: Ticket) -> None:
@@ -412,6 +510,7 @@ class Store:
         self.past_leases += block.generation
         self.past_bytes += block.generation * block.nbytes
         self.counts["freed"] += 1
+        self.shelves.leave(block.spec)
         self.tell("free", block)
 
     def _issue(self, block: Block) -> Ticket:
@@ -439,7 +538,8 @@ class Store:
     def set_hot(self) -> None:
         """Send every lease by the locked way while somebody watches or the pool is closed, else let hits go past it."""
         with self.lock:
-            self._hot = not self.watch.active and not self.closed
+            # Where each thread has a default stream of its own, a lease without a stream is on that: never plain.
+            self._hot = not self.watch.active and not self.closed and not _cuda.PER_THREAD
             self.shelves.serve(self._hot)
             if not self._hot:
                 for block in self.blocks:
@@ -453,7 +553,7 @@ class Store:
 
     def close(self, reason: str) -> int:
         """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
-        with self.lock:
+        with self.there(), self.lock:
             self.settle()
             before = self.ledger.total
             self.closed = self.closed or reason
@@ -470,7 +570,7 @@ class Store:
 
     @staticmethod
     def refuse_capture(what: str) -> None:
-        """Raise CaptureError if a capture is open on the device."""
+        """Raise CaptureError if this thread has a capture open."""
         if _cuda.capturing():
             raise CaptureError(f"{what} frees memory, which a capture forbids: call it before or after the capture")
 
@@ -547,8 +647,15 @@ class Store:
 
     __del__ = abandon
 
+    def context_ended(self) -> None:
+        """Be closed, as the context of the memory is: free nothing, for the driver may give its addresses to others."""
+        self.disown(
+            "the CUDA context of this pool was closed (cuda.close, or a reset of the context or device), and its "
+            "memory is gone with it: make a new pool"
+        )
+
     def disown(self, reason: str) -> None:
-        """In a forked child: leave all memory to the parent, freeing and reporting nothing, and be closed.
+        """Leave all memory as it is, freeing and reporting nothing, and be closed: it is a parent's, or gone.
 
         Takes no lock: another thread of the parent may have held it, and will never let it go here.
         """
@@ -559,7 +666,7 @@ class Store:
         self._begin(Ledger(None, None), StreamOrder(self.order.reuse))
 
 
-_inherited: list[Any] = []  # the parent's memory, as a child sees it: kept to the child's end, so that nothing frees it
+_inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it
 
 
 def _no_pool() -> None:

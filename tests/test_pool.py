@@ -661,8 +661,7 @@ def test_a_capture_gets_idle_memory_and_nothing_else(pool, capture):
     entry = pool.allocate(pinned(64))
     with pytest.raises(CaptureError, match=r"BufferSpec\(100, uint8\)"):
         pool.allocate(device(100))
-    with pytest.raises(CaptureError, match=r"reserve\(\["):
-        pool.allocate(device(64))  # the first is parked
+    pool.allocate(device(64)).release()  # again: what is released in a capture serves the next lease in it
     for call in (lambda: pool.reserve([device(1)]), pool.clear, lambda: pool.trim(0), pool.close):
         with pytest.raises(CaptureError, match="capture"):
             call()
@@ -1348,4 +1347,35 @@ def test_a_plain_release_that_races_with_the_close_frees(pool):
     block.home = closed_first
     entry.release()
     assert pool._store.ledger.total == 0 and not pool._store.blocks, "freed without anybody looking"
+    pool.check()
+
+
+# ------------------------------------------------------------------------------------------------- limits, many sizes
+
+
+def test_a_limit_can_be_changed(pool):
+    entry = pool.allocate(pinned(1 << 12))
+    pool.allocate(pinned(1 << 14)).release()
+    pool.limits[Tier.PINNED] = 1 << 13  # frees what is idle
+    assert pool.stats().reserved_bytes <= 1 << 13 and pool.limits[Tier.PINNED] == 1 << 13
+    with pytest.raises(TierFullError, match="limits"):
+        pool.allocate(pinned(1 << 13))
+    with pytest.raises(TierFullError, match="the limit stays at 8192"):
+        pool.limits[Tier.PINNED] = 1 << 10
+    pool.limits = {Tier.PINNED: 1 << 15}  # as the error advises
+    pool.allocate(pinned(1 << 13)).release()
+    entry.release()
+    pool.limits[Tier.PINNED] = None
+    for bad, error in ((-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error):
+            pool.limits[Tier.PINNED] = bad
+    pool.check()
+
+
+def test_a_buffer_of_many_sizes_leaves_none_of_them_behind(pool):
+    for more in range(300):
+        pool.allocate(pinned((1 << 20) + 1 + more)).release()
+    stats = pool.stats()
+    assert (stats.misses, stats.class_hits) == (1, 299)
+    assert len(pool._store.shelves) == 1
     pool.check()

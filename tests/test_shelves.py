@@ -37,12 +37,14 @@ def test_hits_see_the_ready_lines_while_they_are_served():
     assert hot[spec(9)] is second.ready
 
 
-def test_shelves_without_blocks_are_forgotten_everywhere():
+def test_a_shelf_is_forgotten_everywhere_with_its_last_block():
     shelves = Shelves()
-    kept, _ = shelves.of(spec(1000)), shelves.of(spec(1024))
-    shelves.forget_others({spec(1000)})
+    kept, _, _ = shelves.enter(spec(1000)), shelves.enter(spec(1024)), shelves.enter(spec(1024))
+    shelves.leave(spec(1024))
+    assert len(shelves) == 2, "a block of it is left"
+    shelves.leave(spec(1024))
     assert list(shelves) == [kept] and shelves.kin(spec(1001)) == [kept] and list(shelves.hot) == [spec(1000)]
-    shelves.forget_others(set())
+    shelves.leave(spec(1000))
     assert not list(shelves) and not shelves.kin(spec(1001)) and not shelves.hot
 
 

@@ -8,6 +8,7 @@ to choose the simulator. Sits below `errors` and `config`; everything else in nu
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ __all__ = [
     "cuda",
     "default_stream",
     "device_bytes",
+    "device_count",
     "device_id",
     "device_name",
     "device_view",
@@ -75,6 +77,7 @@ __all__ = [
     "memory_info",
     "on_device",
     "one_device",
+    "open_capture",
     "refresh",
     "require",
     "settle_on_host",
@@ -158,6 +161,13 @@ def device_id() -> int:
     """Return the ordinal of this thread's device."""
     require()
     return _impl.device_id()
+
+
+@functools.cache
+def device_count() -> int:
+    """Return the number of devices."""
+    require()
+    return len(cuda.gpus)
 
 
 def device_name() -> str:
@@ -401,3 +411,8 @@ def capturing() -> bool:
     cuThreadExchangeStreamCaptureMode), so that one of another thread is of no interest.
     """
     return capture_here(captures) is not None
+
+
+def open_capture() -> Any:
+    """Return the capture that this thread has open, or None."""
+    return capture_here(captures)

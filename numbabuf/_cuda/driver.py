@@ -98,7 +98,7 @@ def _watch_resets() -> None:
     def reset(self: Any, *args: Any, **kwargs: Any) -> Any:
         ended = self.extras.pop(_LIFETIME, None)
         if ended is not None:
-            ended.ended = True
+            ended.end()
         return original(self, *args, **kwargs)
 
     Context.reset = reset

@@ -6,6 +6,7 @@ Knows no driver. Sits below both backends.
 from __future__ import annotations
 
 import threading
+import weakref
 from threading import get_ident
 from typing import Any
 
@@ -13,12 +14,26 @@ __all__ = ["ALLOCATION", "WAIT", "WRITE", "Lifetime", "capture_here", "refusal",
 
 
 class Lifetime:
-    """The life of one context: `ended` once it was closed or reset, and all its memory, streams and events with it."""
+    """The life of one context: `ended` once it was closed or reset, and all its memory, streams and events with it.
 
-    __slots__ = ("ended",)
+    Attributes
+    ----------
+    ended : bool
+    holders : WeakSet
+        Objects whose `context_ended` is called when it ends, before its memory goes; it may take no lock.
+    """
+
+    __slots__ = ("ended", "holders")
 
     def __init__(self) -> None:
         self.ended = False
+        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def end(self) -> None:
+        """Say that the context is closed."""
+        self.ended = True
+        for holder in list(self.holders):
+            holder.context_ended()
 
 
 class _Thread(threading.local):
