@@ -395,7 +395,8 @@ def _install() -> None:
 
     def close() -> None:
         global _life
-        _life.ended, _life = True, Lifetime()
+        ended, _life = _life, Lifetime()
+        ended.end()
         _close()
 
     _close = cuda.close
