@@ -652,11 +652,12 @@ def test_a_manager_does_on_no_other_device_what_a_stream_cannot_carry(elsewhere)
         m.check()
 
 
-def test_a_manager_takes_no_pool_of_another_device(elsewhere):
+@pytest.mark.devices
+def test_a_manager_takes_no_pool_of_another_device():
     with SimpleBufferPool() as pool:
-        with elsewhere():
+        with cuda.gpus[1]:
             pool.reserve([BufferSpec(64, "uint8")])
-        with InputBufferManager(pool, max_batch_size=1, max_seq_len=8) as m:
+        with cuda.gpus[0], InputBufferManager(pool, max_batch_size=1, max_seq_len=8) as m:
             with pytest.raises(BackendError, match="on device 0 and its pool's memory on device 1"):
                 m.stage_inputs({}, 0)
             assert pool.stats().in_use_count == 0

@@ -212,8 +212,15 @@ def is_context_error(error: BaseException) -> bool:
 def flush_pending_frees() -> None:
     manager = cuda.current_context().memory_manager
     pending = getattr(manager, "deallocations", None)  # an external memory manager need not keep such a queue
-    if pending is not None:
-        pending.clear()
+    while pending is not None:
+        try:
+            pending.clear()
+            return
+        except Exception as error:
+            # Numba keeps its queue beyond a context that was closed with frees in it, whose addresses mean nothing in
+            # the next one. What fails has left the queue, so this ends.
+            if not is_context_error(error) and "CUDA_ERROR_INVALID_VALUE" not in f"{error}":
+                raise
 
 
 def zero(array: Any, stream: Stream) -> None:
