@@ -290,6 +290,7 @@ class Stream:
     """A stream whose work is done when the test says so."""
 
     handles = iter(range(1000, 10**6))
+    device = 0
 
     def __init__(self, handle=None):
         self.handle = next(self.handles) if handle is None else handle
