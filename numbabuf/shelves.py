@@ -101,9 +101,11 @@ class Shelves:
         shelf.blocks -= 1
         if shelf.blocks <= 0:
             key = _class_key(spec)
-            del self.by_spec[spec], self._classes[key][spec]
-            if not self._classes[key]:
-                del self._classes[key]
+            self.by_spec.pop(spec, None)
+            kin = self._classes.get(key, {})
+            kin.pop(spec, None)
+            if not kin:
+                self._classes.pop(key, None)
             self.hot.pop(spec, None)
 
     def kin(self, spec: BufferSpec) -> list[Shelf]:

@@ -542,7 +542,7 @@ class Store:
             self._hot = not self.watch.active and not self.closed and not _cuda.PER_THREAD
             self.shelves.serve(self._hot)
             if not self._hot:
-                for block in self.blocks:
+                for block in list(self.blocks):
                     block.plain = False
             # else: a block becomes plain at its next release, which looks at its users and its graphs
 
