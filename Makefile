@@ -33,8 +33,8 @@ sass:  ## every kernel to machine code for each architecture: no GPU needed
 docs:  ## a page per module under build/docs
 	@# pdoc cannot resolve the generated constructors of snapshots that inherit fields: their types stay text
 	NUMBA_ENABLE_CUDASIM=1 $(PYTHON) -W error -W 'ignore:Error parsing type annotation' -m pdoc -d numpy -o build/docs numbabuf \
-		$(addprefix numbabuf.,buckets calibration config demand ext.dask ext.prometheus hierarchy html info nvtx \
-		pipeline planning plots policies report stats testing timeline traces)
+		$(addprefix numbabuf.,buckets config demand ext.dask ext.prometheus info nvtx planning plots policies \
+		report stats testing timeline tools.pipeline traces)
 
 bench:  ## every benchmark, on whatever backend is there
 	$(PYTHON) -m benchmarks all

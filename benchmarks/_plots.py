@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numbabuf.html import COLORS
+from numbabuf.view.html import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from numbabuf import BufferSpec, InputBufferManager, _cuda, kernels
+from numbabuf import BufferSpec, InputBufferManager, _cuda
+from numbabuf._cuda import kernels
 
 from . import _machine, _rivals, harness
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from numbabuf import _cuda
-from numbabuf.memory import Block
-from numbabuf.moves import BLOCKS, Move, Mover, plan
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.block import Block
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.tiers.mover import BLOCKS, Move, Mover, plan
 
 from . import _machine, _rivals, harness
 

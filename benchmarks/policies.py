@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from numbabuf.policies import LRU, Frequency, Ghost, Guarded, Policy
+from numbabuf.tiers.policies import LRU, Frequency, Ghost, Guarded, Policy
 
 from . import harness
 

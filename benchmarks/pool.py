@@ -24,8 +24,8 @@ import numpy as np
 
 from numbabuf import _cuda
 from numbabuf._cuda import cuda
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
 
 from . import _rivals, harness
 

@@ -22,10 +22,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from numbabuf import demand
-from numbabuf.buckets import Cost, Refitter, padded
-from numbabuf.demand import DemandModel
-from numbabuf.planning import SGLANG, TENSORRT_LLM, VLLM
+from numbabuf.demand import model as demand
+from numbabuf.demand.buckets import Cost, Refitter, padded
+from numbabuf.demand.model import DemandModel
+from numbabuf.demand.planning import SGLANG, TENSORRT_LLM, VLLM
 
 from . import harness
 

@@ -1,34 +1,41 @@
 """Buffers and CUDA graphs for Numba: static input slots, pools over memory tiers, one graph replay per step.
 
-Importing this package touches no device and no optional package. See the README for a tour, `InputBufferManager` for
-the hot path and `SimpleBufferPool` for memory.
+Importing this package touches no device and no optional package, and reads a module only when a name of it is asked
+for. See the README for a tour, `InputBufferManager` for the hot path and `SimpleBufferPool` for memory.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import config
-from .entry import BufferEntry
-from .errors import (
-    BackendError,
-    BucketOverflowError,
-    BusyError,
-    CaptureError,
-    ClosedError,
-    GraphMissingError,
-    NumbabufError,
-    StaleBufferError,
-    TierFullError,
-    TraceError,
-)
-from .factory import create_input_buffer_manager
-from .graph import Step
-from .hierarchy import HierarchicalBufferPool, HierarchyStats
-from .interop import from_dlpack
-from .lease import Lease
-from .manager import InputBufferManager
-from .pool import BufferPool, SimpleBufferPool
-from .predictive import PredictiveBufferManager
-from .slot import InputSlot
-from .spec import BufferSpec, BufferState, Tier
-from .stats import ManagerStats, PoolStats, PredictionStats
+
+if TYPE_CHECKING:
+    from ._cuda.dlpack import from_dlpack
+    from .errors import (
+        BackendError,
+        BucketOverflowError,
+        BusyError,
+        CaptureError,
+        ClosedError,
+        GraphMissingError,
+        NumbabufError,
+        StaleBufferError,
+        TierFullError,
+        TraceError,
+    )
+    from .pool.entry import BufferEntry
+    from .pool.pool import BufferPool, SimpleBufferPool
+    from .pool.spec import BufferSpec, BufferState, Tier
+    from .pool.stats import ManagerStats, PoolStats, PredictionStats
+    from .predict.factory import create_input_buffer_manager
+    from .predict.manager import PredictiveBufferManager
+    from .step.graph import Step
+    from .step.lease import Lease
+    from .step.manager import InputBufferManager
+    from .step.slot import InputSlot
+    from .tiers.pool import HierarchicalBufferPool, HierarchyStats
 
 __version__ = "0.1.0"
 
@@ -63,8 +70,49 @@ __all__ = [
     "from_dlpack",
 ]
 
+_HOMES = {
+    "_cuda.dlpack": ("from_dlpack",),
+    "errors": (
+        "BackendError",
+        "BucketOverflowError",
+        "BusyError",
+        "CaptureError",
+        "ClosedError",
+        "GraphMissingError",
+        "NumbabufError",
+        "StaleBufferError",
+        "TierFullError",
+        "TraceError",
+    ),
+    "pool.entry": ("BufferEntry",),
+    "pool.pool": ("BufferPool", "SimpleBufferPool"),
+    "pool.spec": ("BufferSpec", "BufferState", "Tier"),
+    "pool.stats": ("ManagerStats", "PoolStats", "PredictionStats"),
+    "predict.factory": ("create_input_buffer_manager",),
+    "predict.manager": ("PredictiveBufferManager",),
+    "step.graph": ("Step",),
+    "step.lease": ("Lease",),
+    "step.manager": ("InputBufferManager",),
+    "step.slot": ("InputSlot",),
+    "tiers.pool": ("HierarchicalBufferPool", "HierarchyStats"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, and keep it."""
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 if config.enabled("NUMBABUF_NVTX", or_warn=True):
-    from . import nvtx
+    from .ext import nvtx
 
     nvtx.enable(or_warn=True)
-

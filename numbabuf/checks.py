@@ -7,11 +7,13 @@ that takes arguments.
 from __future__ import annotations
 
 import operator
+import sys
+from types import FrameType
 from typing import Any
 
 import numpy as np
 
-__all__ = ["whole_number"]
+__all__ = ["outside", "whole_number"]
 
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
@@ -51,3 +53,11 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
         wanted = f">= {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} is {number}: give a whole number {wanted}")
     return number
+
+
+def outside() -> tuple[FrameType, int]:
+    """Return the first frame of the stack outside this package, and the `stacklevel` that means it to its caller."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, depth = frame.f_back, depth + 1
+    return frame, depth

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import _cuda
-from . import pool as _pool
+from .pool import pool as _pool
 
 __all__ = ["backend_id", "live_buffers", "no_leaks"]
 
@@ -49,7 +49,7 @@ def live_buffers() -> int:
     Examples
     --------
     >>> from numbabuf.pool import SimpleBufferPool
-    >>> from numbabuf.spec import BufferSpec, Tier
+    >>> from numbabuf import BufferSpec, Tier
     >>> before = live_buffers()
     >>> with SimpleBufferPool() as pool, pool.allocate(BufferSpec(8, "int32", Tier.PINNED)):
     ...     live_buffers() - before
@@ -76,7 +76,7 @@ def no_leaks() -> Iterator[None]:
     Examples
     --------
     >>> from numbabuf.pool import SimpleBufferPool
-    >>> from numbabuf.spec import BufferSpec, Tier
+    >>> from numbabuf import BufferSpec, Tier
     >>> pool = SimpleBufferPool()
     >>> with no_leaks():
     ...     entry = pool.allocate(BufferSpec(8, "int32", Tier.PINNED))

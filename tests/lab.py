@@ -1,6 +1,6 @@
 """Kernels to PTX and machine code for any architecture, on a machine without a GPU.
 
-    python tests/lab.py                        # every kernel of numbabuf.kernels.KERNELS
+    python tests/lab.py                        # every kernel of numbabuf._cuda.kernels.KERNELS
     python tests/lab.py --arch sm_90 --show    # for one architecture, with the machine code itself
 
 Compiling needs numba-cuda and a process that is not in the simulator; the test that reads the result may be
@@ -140,7 +140,7 @@ def controls():
 def main(argv=None):
     """Print, or give as JSON, what `examine` says of each kernel on each architecture."""
     parser = argparse.ArgumentParser(description="Compile kernels to machine code without a GPU.")
-    parser.add_argument("--module", default="numbabuf.kernels", help="module with a KERNELS tuple")
+    parser.add_argument("--module", default="numbabuf._cuda.kernels", help="module with a KERNELS tuple")
     parser.add_argument("--controls", action="store_true", help="the lab's own two kernels instead")
     parser.add_argument("--arch", action="append", help=f"default: {', '.join(ARCHITECTURES)}")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")

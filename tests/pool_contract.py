@@ -9,7 +9,7 @@ from numba import cuda
 
 from numbabuf import _cuda
 from numbabuf.errors import ClosedError, StaleBufferError, TierFullError
-from numbabuf.spec import BufferSpec, BufferState, Tier
+from numbabuf.pool.spec import BufferSpec, BufferState, Tier
 
 TIERS = tuple(Tier)
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from numbabuf import BufferSpec, SimpleBufferPool, StaleBufferError, Tier, TierFullError, _cuda
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.memory import size_class
+from numbabuf.pool.block import size_class
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 BUDGET = 1 << 16
 

@@ -28,7 +28,7 @@ from numbabuf import (
     _cuda,
 )
 from numbabuf._cuda import cuda
-from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 CLEAR = (TypeError, ValueError, OverflowError, KeyError, NumbabufError)
 """What a caller may get for a bad argument."""

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from numbabuf import buckets
-from numbabuf.buckets import Cost, Refitter, padded, plan, powers_of_two, validate
+from numbabuf.demand import buckets
+from numbabuf.demand.buckets import Cost, Refitter, padded, plan, powers_of_two, validate
 
 SMALL = st.integers(1, 14)
 

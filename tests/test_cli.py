@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numbabuf import cli, config
+from numbabuf import config
 from numbabuf.errors import BackendError
-from numbabuf.manager import InputBufferManager
-from numbabuf.pipeline import Pipeline
+from numbabuf.step.manager import InputBufferManager
+from numbabuf.tools import cli
+from numbabuf.tools.pipeline import Pipeline
 
 # one size on every backend, small enough for the simulator
 SIZES = ["--max-tokens", "64", "--max-seqs", "8", "--dim", "4", "--vocab", "100"]

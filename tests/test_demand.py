@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numbabuf import demand
-from numbabuf.demand import DemandModel, Demands
+from numbabuf.demand import model as demand
+from numbabuf.demand.model import DemandModel, Demands
 from numbabuf.errors import BusyError
 
 SIZES = st.lists(st.integers(1, 3000), max_size=60)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from numbabuf import _cuda
-from numbabuf.entry import BufferEntry
-from numbabuf.memory import Block, Ticket
-from numbabuf.spec import BufferSpec, BufferState, Tier
+from numbabuf.pool.block import Block, Ticket
+from numbabuf.pool.entry import BufferEntry
+from numbabuf.pool.spec import BufferSpec, BufferState, Tier
 
 
 @pytest.fixture

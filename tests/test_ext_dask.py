@@ -17,14 +17,14 @@ import pytest
 from kit import LAUNCH, log_row, to_device, to_host
 
 from numbabuf import _cuda
-from numbabuf.demand import DemandModel
+from numbabuf.demand.model import DemandModel
 from numbabuf.errors import BucketOverflowError, BusyError, ClosedError
 from numbabuf.ext import dask as ext
 from numbabuf.ext.dask import Fleet, worker_manager
-from numbabuf.manager import InputBufferManager
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.predictive import PredictiveBufferManager
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.predict.manager import PredictiveBufferManager
+from numbabuf.step.manager import InputBufferManager
 from numbabuf.testing import live_buffers
 
 CAPACITY = 64

@@ -7,11 +7,11 @@ import pytest
 
 from numbabuf.errors import BucketOverflowError
 from numbabuf.ext.prometheus import _HIERARCHY, _MANAGER, _POOL, _PREDICTION, Collector
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.manager import InputBufferManager
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.predictive import PredictiveBufferManager
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.predict.manager import PredictiveBufferManager
+from numbabuf.step.manager import InputBufferManager
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 client = pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402

@@ -24,7 +24,7 @@ from numbabuf import (
     _cuda,
     from_dlpack,
 )
-from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 pytestmark = pytest.mark.stub
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from numbabuf import files
-from numbabuf.cli import main
-from numbabuf.demand import MAX_WINDOW, DemandModel, Demands
+from numbabuf.demand.model import MAX_WINDOW, DemandModel, Demands
 from numbabuf.errors import TraceError
-from numbabuf.traces import read_trace
+from numbabuf.tools.cli import main
+from numbabuf.tools.traces import read_trace
 
 READERS = [(read_trace, TraceError), (DemandModel.load, ValueError), (Demands.load, ValueError)]
 HEADER = b"arrival_ms,prompt,output\n"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from numbabuf import CaptureError, _cuda
-from numbabuf.graph import CapturedStep, Recording, Step
+from numbabuf.step.graph import CapturedStep, Recording, Step
 
 
 @pytest.fixture

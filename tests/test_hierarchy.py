@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from pool_contract import PoolContract
 
-from numbabuf import _cuda, calibration, hierarchy, memory
+from numbabuf import _cuda
 from numbabuf._cuda import cuda
 from numbabuf.errors import BusyError, CaptureError, ClosedError, StaleBufferError, TierFullError
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.manager import InputBufferManager
-from numbabuf.memory import same_stream
-from numbabuf.policies import LRU, Frequency
-from numbabuf.spec import BufferSpec, BufferState, Tier
+from numbabuf.pool import block as memory
+from numbabuf.pool.block import same_stream
+from numbabuf.pool.spec import BufferSpec, BufferState, Tier
+from numbabuf.step.manager import InputBufferManager
+from numbabuf.tiers import calibration
+from numbabuf.tiers import pool as hierarchy
+from numbabuf.tiers.policies import LRU, Frequency
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 MIB = 1 << 20
 ROOT = pathlib.Path(__file__).resolve().parent.parent

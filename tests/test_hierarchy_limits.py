@@ -5,9 +5,9 @@ import pytest
 
 from numbabuf import _cuda
 from numbabuf.errors import CaptureError, ClosedError, TierFullError
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.policies import LRU
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.tiers.policies import LRU
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 
 def spec(size, tier=Tier.DEVICE):

@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from numbabuf import _cuda
 from numbabuf._cuda import cuda
 from numbabuf.errors import BusyError, TierFullError
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 BUDGETS = {Tier.DEVICE: 1536, Tier.MANAGED: 768, Tier.PINNED: 6144}
 SIZES = (0, 1, 33, 100, 256, 300, 600, 1000)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from numbabuf.errors import TierFullError
-from numbabuf.hierarchy import ORDER, HierarchicalBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.tiers.pool import ORDER, HierarchicalBufferPool
 
 SIZES = (64, 256, 1024, 2048)
 """Sizes that are their own size classes, so that capacity is what was asked for."""

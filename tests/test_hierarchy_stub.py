@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from test_hierarchy_stateful import STEPS, Churn, bytes_of, may_leave, ramp, random_step, set_index
 
-from numbabuf import _cuda, hierarchy, moves
+from numbabuf import _cuda
 from numbabuf._cuda import cuda
 from numbabuf.errors import BackendError, CaptureError, TierFullError
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.tiers import mover as moves
+from numbabuf.tiers import pool as hierarchy
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 pytestmark = pytest.mark.stub
 

@@ -12,10 +12,10 @@ from numbabuf import (
     PredictiveBufferManager,
     SimpleBufferPool,
     Tier,
-    html,
 )
 from numbabuf._cuda import cuda
-from numbabuf.demand import DemandModel, Demands
+from numbabuf.demand.model import DemandModel, Demands
+from numbabuf.view import html
 
 
 def parse(markup):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from numbabuf import _cuda, cli, config, info
+from numbabuf import _cuda, config
+from numbabuf.tools import cli, info
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = "arrival_ms,prompt,output\n0,70,3\n0,5,4\n100,1,0\n"

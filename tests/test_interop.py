@@ -11,12 +11,12 @@ import pytest
 from kit import LAUNCH, SIM, affine, to_host
 
 from numbabuf import _cuda
+from numbabuf._cuda.dlpack import from_dlpack
 from numbabuf.errors import StaleBufferError
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.interop import from_dlpack
-from numbabuf.manager import InputBufferManager
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.step.manager import InputBufferManager
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 CPU, CUDA, MANAGED = 1, 2, 13
 KIND = dict.fromkeys(Tier, CPU) if SIM else {Tier.DEVICE: CUDA, Tier.MANAGED: MANAGED, Tier.PINNED: CPU}

@@ -7,6 +7,7 @@ raises the interrupt at each of these places of an operation in turn.
 import dis
 import linecache
 import os
+import pathlib
 import sys
 
 import kit
@@ -16,10 +17,7 @@ from test_fault_sweep import OPERATIONS, World, quietly
 import numbabuf
 from numbabuf import _cuda
 
-FILES = {
-    os.path.join(os.path.dirname(numbabuf.__file__), f"{name}.py")
-    for name in ("manager", "arena", "lease", "service", "overflow", "slot", "sizes", "staging", "graph")
-}
+FILES = {str(path) for path in (pathlib.Path(numbabuf.__file__).parent / "step").glob("*.py")}
 NOT_THE_MANAGERS = ("statistics", "entry", "reserve", "unfix", "hierarchy", "prewarm")
 STRIDE = 3
 """How many places a run goes on by; 1 finds no more, and takes longer."""

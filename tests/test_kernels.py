@@ -12,8 +12,9 @@ import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numbabuf import _cuda, kernels
-from numbabuf.slot import CONVERSIONS
+from numbabuf import _cuda
+from numbabuf._cuda import kernels
+from numbabuf.step.slot import CONVERSIONS
 
 SIM = _cuda.SIM
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -1,10 +1,10 @@
-"""Who may import whom, read from the source without importing it.
+"""Which room may import which, read from the source without importing it.
 
-A module of the package imports only modules named before it here; `_cuda` is the only door to CUDA; an
-optional package is imported inside the function that needs it.
+`_cuda` is the only door to CUDA; an optional package is imported inside the function that needs it.
 """
 
 import ast
+import graphlib
 import pathlib
 import sys
 import textwrap
@@ -13,12 +13,29 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
-ORDER = (
-    "errors checks files config _cuda spec buckets html interop stats progress demand kernels memory entry "
-    "shelves ordering store ladder pool policies moves calibration turns tiered hierarchy slot sizes overflow "
-    "staging arena lease graph service manager predictive factory nvtx report timeline plots testing ext traces "
-    "planning pipeline info cli __main__"
-).split()
+BASE = {"errors", "checks", "config", "files"}
+ROOMS = {
+    "errors": set(),
+    "checks": {"errors"},
+    "config": {"errors", "checks"},
+    "files": {"errors", "checks"},
+    "_cuda": BASE - {"files"},
+    "pool": BASE - {"files"} | {"_cuda"},
+    "tiers": BASE - {"files"} | {"_cuda", "pool"},
+    "demand": BASE,
+    "step": BASE - {"files"} | {"_cuda", "pool", "demand"},
+    "predict": BASE | {"_cuda", "pool", "tiers", "demand", "step"},
+    "view": BASE | {"_cuda", "pool", "tiers", "demand", "step", "predict"},
+    "tools": BASE | {"_cuda", "pool", "tiers", "demand", "step", "predict", "view"},
+    "ext": BASE | {"_cuda", "pool", "tiers", "demand", "step", "predict", "view"},
+    "testing": BASE | {"_cuda", "pool"},
+    "__main__": {"tools"},
+}
+"""Room -> the rooms that it may import. Tiers and step meet in predict's factory alone."""
+NAMES = {"buckets", "info", "nvtx", "planning", "plots", "policies", "report", "stats", "timeline", "traces"}
+"""Modules of one import each, which keep a public name where users look for it."""
+FACTORY = "predict.factory"
+VIEWS = {"view.html", "view.progress"}  # until objects ask for their view by name
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")
 REQUIRED = {"numba", "numpy", "numbabuf"} | sys.stdlib_module_names
@@ -30,8 +47,8 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def layer(module):
-    """The module of ORDER that a module belongs to: "_cuda" for "_cuda.stream"."""
+def room(module):
+    """The room that a module belongs to: "_cuda" for "_cuda.stream"."""
     return module.split(".")[0]
 
 
@@ -74,68 +91,96 @@ def faults(source, module, package="numbabuf"):
     for name, line, top in imports(ast.parse(source), package):
         root, *rest = name.split(".")
         where = f"{module or '__init__'}:{line} imports {name}"
-        if is_cuda(name) and layer(module) != "_cuda":
+        if is_cuda(name) and room(module) != "_cuda":
             found.append(f"{where}, and only _cuda may import CUDA")
         elif top and root not in REQUIRED and root != "cuda":
             found.append(f"{where} at its top; an optional package is imported where it is used")
-        elif root == "numbabuf" and module and rest and rest[0] in ORDER:
-            if layer(module) != rest[0] and ORDER.index(layer(module)) <= ORDER.index(rest[0]):
-                found.append(f"{where}, which comes after it in the order of layers")
-        elif root == "numbabuf" and module and top:
-            found.append(f"{where}, which is no module of ORDER: the package itself, or one without its place")
+        elif root == "numbabuf" and module and module not in NAMES:
+            theirs = rest[0] if rest else ""
+            if theirs not in ROOMS:
+                found.append(f"{where}, which belongs to no room")
+            elif theirs == room(module) or any(".".join(rest).startswith(view) for view in VIEWS):
+                pass
+            elif theirs not in ROOMS[room(module)]:
+                found.append(f"{where}, and {room(module)} may not import {theirs}")
+            elif theirs == "tiers" and room(module) == "predict" and module != FACTORY:
+                found.append(f"{where}, and in predict only {FACTORY} may import tiers")
     return found
+
+
+def module_of(name, modules):
+    """The module that an imported dotted name means: "pool.pool" for "numbabuf.pool.pool.SimpleBufferPool"."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in modules:
+        parts.pop()
+    return ".".join(parts)
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=[module_name(path) or "__init__" for path in FILES])
-def test_imports_point_upwards(path):
+def test_imports_keep_to_the_rooms(path):
     module = module_name(path)
-    assert module == "" or layer(module) in ORDER, f"give {layer(module)} its place in ORDER"
+    assert module == "" or room(module) in {*ROOMS, *NAMES}, f"give {room(module)} its place in ROOMS"
     package = ".".join(["numbabuf", *path.relative_to(PACKAGE).parts[:-1]])
     found = faults(path.read_text(), module, package)
     assert not found, "\n".join(found)
 
 
+def test_no_modules_import_each_other():
+    modules = {module_name(path): path for path in FILES}
+    edges = {}
+    for module, path in modules.items():
+        package = ".".join(["numbabuf", *path.relative_to(PACKAGE).parts[:-1]])
+        names = [name for name, _, _ in imports(ast.parse(path.read_text()), package) if name.startswith("numbabuf")]
+        edges[module] = {module_of(name, modules) for name in names} - {module, ""}
+    order = graphlib.TopologicalSorter(edges)
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        ("pool", "import numba.cuda", "only _cuda"),
-        ("pool", "def f():\n    from numba import cuda", "only _cuda"),
-        ("pool", "from cuda.core import Stream", "only _cuda"),
-        ("pool", "import tqdm", "optional"),
-        ("pool", "try:\n    import ml_dtypes\nexcept ImportError:\n    pass", "optional"),
-        ("spec", "from numbabuf.pool import SimpleBufferPool", "order of layers"),
-        ("spec", "from . import pool", "order of layers"),
-        ("spec", "def f():\n    from .pool import SimpleBufferPool", "order of layers"),
-        ("spec", "from numbabuf import SimpleBufferPool", "no module of ORDER"),
+        ("pool.pool", "import numba.cuda", "only _cuda"),
+        ("pool.pool", "def f():\n    from numba import cuda", "only _cuda"),
+        ("pool.pool", "from cuda.core import Stream", "only _cuda"),
+        ("pool.pool", "import tqdm", "optional"),
+        ("pool.pool", "try:\n    import ml_dtypes\nexcept ImportError:\n    pass", "optional"),
+        ("pool.spec", "from numbabuf.step.manager import InputBufferManager", "may not import step"),
+        ("pool.spec", "from ..tiers import pool", "may not import tiers"),
+        ("demand.model", "def f():\n    from ..pool import SimpleBufferPool", "may not import pool"),
+        ("predict.manager", "from ..tiers.pool import HierarchicalBufferPool", "only predict.factory"),
+        ("pool.spec", "from numbabuf import SimpleBufferPool", "belongs to no room"),
     ],
 )
 def test_a_wrong_import_is_found(module, source, complaint):
-    (found,) = faults(source, module)
+    (found,) = faults(source, module, f"numbabuf.{room(module)}")
     assert complaint in found
 
 
 @pytest.mark.parametrize(
-    ("module", "package", "source"),
+    ("module", "source"),
     [
-        ("pool", "numbabuf", "import numpy as np, threading\nfrom numba import types"),
-        ("pool", "numbabuf", "from numbabuf import spec"),
-        ("pool", "numbabuf", "from .spec import BufferSpec\nfrom . import _cuda\nfrom ._cuda import cuda"),
-        ("_cuda.stream", "numbabuf._cuda", "from numba import cuda\nfrom . import address"),
-        ("_cuda.stream", "numbabuf._cuda", "from ..errors import NumbabufError"),
-        ("cli", "numbabuf", "def f():\n    import tqdm"),
+        ("pool.pool", "import numpy as np, threading\nfrom numba import types"),
+        ("pool.pool", "from numbabuf.pool import spec"),
+        ("pool.pool", "from .spec import BufferSpec\nfrom .. import _cuda\nfrom .._cuda import cuda"),
+        ("_cuda.stream", "from numba import cuda\nfrom . import address"),
+        ("_cuda.stream", "from ..errors import NumbabufError"),
+        ("predict.factory", "from ..tiers.pool import HierarchicalBufferPool"),
+        ("tools.cli", "def f():\n    import tqdm"),
         (
-            "spec",
-            "numbabuf",
+            "pool.spec",
             """
             from typing import TYPE_CHECKING
             if TYPE_CHECKING:
-                from numbabuf.pool import SimpleBufferPool
+                from numbabuf.step.manager import InputBufferManager
             """,
         ),
     ],
 )
-def test_a_right_import_is_let_pass(module, package, source):
-    assert faults(textwrap.dedent(source), module, package) == []
+def test_a_right_import_is_let_pass(module, source):
+    assert faults(textwrap.dedent(source), module, f"numbabuf.{room(module)}") == []

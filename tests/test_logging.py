@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import numbabuf
-from numbabuf.manager import InputBufferManager
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.predictive import PredictiveBufferManager
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.predict.manager import PredictiveBufferManager
+from numbabuf.step.manager import InputBufferManager
 
 FILES = sorted(pathlib.Path(numbabuf.__file__).parent.rglob("*.py"))
 

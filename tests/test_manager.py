@@ -27,8 +27,8 @@ from numbabuf import (
     InputBufferManager,
     SimpleBufferPool,
     _cuda,
-    staging,
 )
+from numbabuf.step import ring as staging
 
 SIM = _cuda.SIM
 

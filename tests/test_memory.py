@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from numbabuf import _cuda, memory
+from numbabuf import _cuda
 from numbabuf.errors import TierFullError
-from numbabuf.memory import EXACT_ABOVE, Alarm, Block, Ledger, Ticket, size_class
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool import block as memory
+from numbabuf.pool.block import EXACT_ABOVE, Alarm, Block, Ledger, Ticket, size_class
+from numbabuf.pool.spec import BufferSpec, Tier
 
 
 @given(st.integers(1, EXACT_ABOVE))

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numbabuf import _cuda, calibration, kernels
-from numbabuf.memory import Block
-from numbabuf.moves import BLOCKS, Mark, Move, Mover, plan
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf import _cuda
+from numbabuf._cuda import kernels
+from numbabuf.pool.block import Block
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.tiers import calibration
+from numbabuf.tiers.mover import BLOCKS, Mark, Move, Mover, plan
 
 SIM = _cuda.SIM
 

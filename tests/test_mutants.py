@@ -14,20 +14,11 @@ import kit
 import numpy as np
 import pytest
 
-from numbabuf import (
-    BufferSpec,
-    InputBufferManager,
-    SimpleBufferPool,
-    _cuda,
-    arena,
-    graph,
-    kernels,
-    ordering,
-    service,
-    slot,
-    staging,
-    store,
-)
+from numbabuf import BufferSpec, InputBufferManager, SimpleBufferPool, _cuda
+from numbabuf._cuda import kernels
+from numbabuf.pool import ordering, store
+from numbabuf.step import arena, graph, service, slot
+from numbabuf.step import ring as staging
 
 STEPS = 60
 

@@ -10,11 +10,11 @@ import types
 import numpy as np
 import pytest
 
-from numbabuf import nvtx
 from numbabuf.errors import GraphMissingError
-from numbabuf.manager import InputBufferManager
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.ext import nvtx
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.step.manager import InputBufferManager
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -110,7 +110,7 @@ sys.modules["nvtx"] = types.SimpleNamespace(get_domain=lambda name: domain) if s
 with warnings.catch_warnings(record=True) as warned:
     warnings.simplefilter("always")
     import numbabuf
-module = sys.modules.get("numbabuf.nvtx")
+module = sys.modules.get("numbabuf.ext.nvtx")
 print(json.dumps([module is not None and module.enabled(), sum("nvtx" in str(w.message) for w in warned)]))
 """
 

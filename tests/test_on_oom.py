@@ -5,9 +5,9 @@ import threading
 import pytest
 
 from numbabuf.errors import TierFullError
-from numbabuf.hierarchy import HierarchicalBufferPool
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 
 def simple(nbytes, **options):

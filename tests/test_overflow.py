@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from numbabuf import BucketOverflowError, BufferSpec, InputBufferManager
-from numbabuf.overflow import cut, uncut
+from numbabuf.step.overflow import cut, uncut
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numbabuf._cuda import cuda
-from numbabuf.pipeline import Pipeline
+from numbabuf.tools.pipeline import Pipeline
 
 VOCAB, DIM, MAX_TOKENS, MAX_SEQS, WINDOW = 50, 4, 24, 5, 3
 

@@ -5,9 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from numbabuf import BufferSpec, SimpleBufferPool, Tier, plots
-from numbabuf.demand import DemandModel, Forecast
-from numbabuf.stats import EVENT_DTYPE, ManagerStats
+from numbabuf import BufferSpec, SimpleBufferPool, Tier
+from numbabuf.demand.model import DemandModel, Forecast
+from numbabuf.pool.stats import EVENT_DTYPE, ManagerStats
+from numbabuf.view import plots
 
 
 def test_without_matplotlib_the_remedy_is_named(monkeypatch):

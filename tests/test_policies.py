@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numbabuf.policies import LRU, POLICIES, Frequency, Ghost, Guarded, Policy, make_policy, move_seconds
+from numbabuf.tiers.policies import LRU, POLICIES, Frequency, Ghost, Guarded, Policy, make_policy, move_seconds
 
 MIB = 1 << 20
 

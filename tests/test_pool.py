@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from pool_contract import PoolContract, add_one
 
-from numbabuf import _cuda, store
+from numbabuf import _cuda
 from numbabuf.errors import CaptureError, ClosedError, StaleBufferError, TierFullError
-from numbabuf.memory import EXACT_ABOVE, Block
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, BufferState, Tier
+from numbabuf.pool import store
+from numbabuf.pool.block import EXACT_ABOVE, Block
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, BufferState, Tier
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -903,7 +904,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from numba import cuda
 from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, BufferState, Tier
+from numbabuf import BufferSpec, BufferState, Tier
 pool = SimpleBufferPool()
 spec = BufferSpec(64, "uint8", Tier.PINNED)
 leased, idle, dropped = pool.allocate(spec), pool.allocate(spec), pool.allocate(spec)

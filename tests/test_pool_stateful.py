@@ -9,9 +9,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from numbabuf.errors import StaleBufferError, TierFullError
-from numbabuf.memory import size_class
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.block import size_class
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
 
 LIMIT = 12_000
 SPECS = [BufferSpec(size, "uint8", Tier.PINNED) for size in (0, 1, 900, 1000, 1024, 1025, 4096, 12_001)]

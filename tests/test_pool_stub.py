@@ -15,8 +15,8 @@ from numba import cuda
 
 from numbabuf import _cuda
 from numbabuf.errors import TierFullError
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
 
 pytestmark = pytest.mark.stub
 
@@ -473,7 +473,7 @@ cuda.set_memory_manager(Manager)
 
 from numbabuf.errors import TierFullError
 from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf import BufferSpec, Tier
 
 with SimpleBufferPool(max_bytes=1 << 16) as pool:
     for tier in Tier:

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from numbabuf.errors import StaleBufferError, TierFullError
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
 
 THREADS = 6
 

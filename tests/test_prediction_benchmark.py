@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import headroom, prediction
-from numbabuf.buckets import padded
+from numbabuf.demand.buckets import padded
 
 
 def best_of_all(ids, k, warm_steps, prefetch):

@@ -11,7 +11,7 @@ import pytest
 
 from numbabuf import BufferSpec, PredictiveBufferManager, SimpleBufferPool, Tier, _cuda
 from numbabuf._cuda import cuda, launch_shape
-from numbabuf.demand import DemandModel
+from numbabuf.demand.model import DemandModel
 from numbabuf.errors import BusyError, CaptureError
 
 CAPACITY = 256

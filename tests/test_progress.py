@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from numbabuf import InputBufferManager, PredictiveBufferManager
-from numbabuf.progress import track
+from numbabuf.view.progress import track
 
 
 @pytest.mark.parametrize("total", [3, None])

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from numbabuf import cli, report
+from numbabuf.tools import cli
+from numbabuf.view import report
 
 SIZES = ["--max-tokens", "64", "--max-seqs", "8", "--dim", "4", "--vocab", "100", "--steps", "20", "--quiet"]
 VOID = {"meta", "br", "hr", "img", "link", "input"}

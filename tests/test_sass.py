@@ -14,7 +14,7 @@ import sys
 import lab
 import pytest
 
-from numbabuf import kernels
+from numbabuf._cuda import kernels
 
 pytestmark = pytest.mark.skipif(
     bool(lab.missing()),

@@ -3,8 +3,8 @@
 import pytest
 
 from numbabuf import GraphMissingError, _cuda
-from numbabuf.graph import CapturedStep, Step
-from numbabuf.service import Service
+from numbabuf.step.graph import CapturedStep, Step
+from numbabuf.step.service import Service
 
 
 def graph(*sizes, steps=0):

@@ -2,9 +2,9 @@
 
 from collections import deque
 
-from numbabuf.memory import Block, Ticket
-from numbabuf.shelves import Shelves, pop_fitting, pop_oldest
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.block import Block, Ticket
+from numbabuf.pool.shelves import Shelves, pop_fitting, pop_oldest
+from numbabuf.pool.spec import BufferSpec, Tier
 
 
 def spec(nbytes, tier=Tier.PINNED):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from numbabuf import BucketOverflowError, BufferSpec, sizes
-from numbabuf.slot import InputSlot
+from numbabuf import BucketOverflowError, BufferSpec
+from numbabuf.step import sizes
+from numbabuf.step.slot import InputSlot
 
 AXES, LIMITS, CHOICES = ("tokens", "seqs"), (32, 5), ((8, 16), (1, 2, 4))
 

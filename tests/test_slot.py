@@ -4,8 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from numbabuf import BufferSpec, kernels
-from numbabuf.slot import CONVERSIONS, InputSlot
+from numbabuf import BufferSpec
+from numbabuf._cuda import kernels
+from numbabuf.step.slot import CONVERSIONS, InputSlot
 
 
 def make(spec=None, **options):

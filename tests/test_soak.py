@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from numbabuf import BufferSpec, InputBufferManager, SimpleBufferPool, Tier, TierFullError, _cuda
-from numbabuf.hierarchy import HierarchicalBufferPool
+from numbabuf.tiers.pool import HierarchicalBufferPool
 
 ROUNDS = 6
 OPERATIONS = 60 if kit.SIM else 300

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from numbabuf.spec import BufferSpec, BufferState, Tier, is_bfloat16, resolve_dtype
+from numbabuf.pool.spec import BufferSpec, BufferState, Tier, is_bfloat16, resolve_dtype
 
 shapes = st.one_of(st.integers(0, 100), st.lists(st.integers(0, 50), max_size=4).map(tuple))
 dtypes = st.sampled_from(["uint8", "int64", "float32", np.float16, complex, "bool", [("a", "i4"), ("b", "f8")]])

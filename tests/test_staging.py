@@ -4,9 +4,10 @@ import kit
 import numpy as np
 import pytest
 
-from numbabuf import BufferSpec, InputBufferManager, _cuda, kernels
-from numbabuf.slot import InputSlot
-from numbabuf.staging import ALIGNMENT, StagingRing, align
+from numbabuf import BufferSpec, InputBufferManager, _cuda
+from numbabuf._cuda import kernels
+from numbabuf.step.ring import ALIGNMENT, StagingRing, align
+from numbabuf.step.slot import InputSlot
 
 
 class Stream:

@@ -7,7 +7,7 @@ import pytest
 from kit import LAUNCH, log_row, to_device
 
 from numbabuf import BucketOverflowError, BufferSpec, BusyError, PredictiveBufferManager
-from numbabuf.demand import DemandModel
+from numbabuf.demand.model import DemandModel
 
 CAPACITY, BUCKETS, GRAPHS, KNOWN = 24, (4, 8, 16), (4, 8), (2, 5, 9, 24)
 

@@ -13,8 +13,8 @@ from hypothesis import given
 
 import numbabuf
 from numbabuf import HierarchicalBufferPool, InputBufferManager, PredictiveBufferManager, SimpleBufferPool
-from numbabuf.spec import BufferSpec, Tier
-from numbabuf.stats import EVENT_DTYPE, EventRing, Frozen, OomSteps, PoolStats, Scope
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.pool.stats import EVENT_DTYPE, EventRing, Frozen, OomSteps, PoolStats, Scope
 
 FIGURES = {field.name: 0 for field in dataclasses.fields(PoolStats) if field.name not in ("oom", "reserved_by_tier")}
 

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from numbabuf import _cuda, testing
-from numbabuf.manager import InputBufferManager
-from numbabuf.pool import SimpleBufferPool
-from numbabuf.predictive import PredictiveBufferManager
-from numbabuf.spec import BufferSpec, Tier
+from numbabuf.pool.pool import SimpleBufferPool
+from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.predict.manager import PredictiveBufferManager
+from numbabuf.step.manager import InputBufferManager
 
 pytest_plugins = ["pytester"]
 SPEC = BufferSpec(8, "int32", Tier.PINNED)

@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from numbabuf import BufferSpec, SimpleBufferPool, Tier, timeline
-from numbabuf.stats import EVENT_DTYPE, EventRing
+from numbabuf import BufferSpec, SimpleBufferPool, Tier
+from numbabuf.pool.stats import EVENT_DTYPE, EventRing
+from numbabuf.view import timeline
 
 SPEC = BufferSpec(1024, "uint8")
 PINNED = BufferSpec(2048, "uint8", Tier.PINNED)

@@ -16,13 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, NoReturn
 
-from .. import _cuda, html
-from ..demand import DemandModel
+from .. import _cuda
+from ..demand.model import DemandModel
 from ..errors import BusyError
-from ..manager import InputBufferManager
-from ..pool import BufferPool, SimpleBufferPool
-from ..predictive import PredictiveBufferManager
-from ..stats import ManagerStats, PoolStats, PredictionStats
+from ..pool.pool import BufferPool, SimpleBufferPool
+from ..pool.stats import ManagerStats, PoolStats, PredictionStats
+from ..predict.manager import PredictiveBufferManager
+from ..step.manager import InputBufferManager
+from ..view import html
 
 __all__ = ["Fleet", "SharedDemand", "WorkerManager", "WorkerStats", "worker_manager"]
 

@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from ..manager import InputBufferManager
-from ..pool import BufferPool
-from ..predictive import PredictiveBufferManager
+from ..pool.pool import BufferPool
+from ..predict.manager import PredictiveBufferManager
+from ..step.manager import InputBufferManager
 
 __all__ = ["Collector"]
 
@@ -123,7 +123,7 @@ class Collector:
     Examples
     --------
     >>> from numbabuf.pool import SimpleBufferPool
-    >>> from numbabuf.spec import BufferSpec, Tier
+    >>> from numbabuf import BufferSpec, Tier
     >>> pool = SimpleBufferPool()
     >>> collector = Collector(serving=pool)
     >>> pool.allocate(BufferSpec(1024, "uint8", Tier.PINNED)).release()

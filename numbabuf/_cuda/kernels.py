@@ -1,0 +1,360 @@
+"""Every `@cuda.jit` kernel of numbabuf, and the layout of the tables they read.
+
+Kernels take the address of a table instead of arrays: one launch argument, whatever the number of buffers. All are
+grid-stride, so any launch shape is right, and all arithmetic on values is done on their bits, so that a conversion
+gives the same bits on every backend. No host code here may use `cuda`: the simulator replaces it during a launch.
+"""
+
+from __future__ import annotations
+
+from numba import types
+
+from . import cuda
+from .access import add8, load1, load2, load4, load8, load16, publish8, store1, store2, store4, store8, store16
+
+__all__ = ["KERNELS", "copy_many", "fill_slots"]
+
+WORD = 8
+"""Bytes of one table entry (int64)."""
+
+# The fill table, in device memory: HEAD words, then ROW words per slot.
+STEP, DONE, RING_ADDRESS, BLOCK_BYTES, RING_DEPTH, RETIRED_ADDRESS, HEAD = 0, 1, 2, 3, 4, 5, 6
+"""Words of the head: fills completed, thread blocks that have finished this fill, where the staging ring lies, bytes
+of one of its blocks, number of blocks, where the host reads how many fills are completed. The third and fourth are
+read by one access, as are the fifth and sixth."""
+SOURCE, TARGET, OPERATION, SOURCE_ITEM, TARGET_ITEM = 0, 1, 2, 3, 4
+PITCH, PAD_MODE, PAD_LOW, PAD_HIGH, ROW = 5, 6, 7, 8, 9
+"""Words of a row: offset of the staged values in a block, address of the slot, conversion, bytes of a staged and of a
+slot's element, elements from one row of the slot to the next, how to pad, the pad's 16 bytes."""
+
+# The live part of a step, at the start of its staging block: LIVE words per slot.
+ROWS, COLUMNS, PADDED_ROWS, PADDED_COLUMNS, LIVE = 0, 1, 2, 3, 4
+"""Words: staged rows and columns, and the rows and columns that are valid after the fill. A one-dimensional slot, and
+rows that lie end to end, are one row."""
+
+PAD_VALUE, PAD_REPEAT, PAD_KEEP = 0, 1, 2
+"""How the part past the staged values is filled: with a value, with the last one (`numpy.pad`'s "edge"), not at all."""
+
+RAW, I64_I32, I32_I64, F64_F32, F32_F16, F16_F32, F32_BF16, BF16_F32 = 0, 1, 2, 3, 4, 5, 6, 7
+"""Conversions between the staged and the slot's element type."""
+
+COPY_SOURCE, COPY_TARGET, COPY_BYTES, COPY_ROW = 0, 1, 2, 3
+"""Words of a row of the copy table: address to read, address to write, number of bytes."""
+
+_LANES = 32  # threads that share one row of a two-dimensional slot: a warp
+
+
+@cuda.jit(device=True)
+def _narrow(bits, mantissa, bias, to_mantissa, to_bias, quiet):
+    """Round a float's bits to a narrower format: to nearest, ties to even, as IEEE 754 and NumPy do.
+
+    `mantissa` and `bias` describe the source format, `to_mantissa` and `to_bias` the target. Overflow gives infinity,
+    underflow a subnormal or zero. A NaN keeps its sign; `quiet` says what else: 0 keeps the leading payload (NumPy's
+    float16), 1 also sets the quiet bit (the processor's float32), 2 drops the payload (ml_dtypes' bfloat16).
+    """
+    exponent_max = 2 * bias + 1
+    to_max = 2 * to_bias + 1
+    exponent = (bits >> mantissa) & exponent_max
+    fraction = bits & ((1 << mantissa) - 1)
+    drop = mantissa - to_mantissa
+    if exponent == exponent_max:
+        result = to_max << to_mantissa
+        if fraction != 0:
+            payload = fraction >> drop
+            if quiet == 2:
+                payload = 0
+            if quiet != 0:
+                payload |= 1 << (to_mantissa - 1)
+            if payload == 0:
+                payload = 1
+            result |= payload
+    else:
+        if exponent == 0:
+            exponent = 1
+        else:
+            fraction |= 1 << mantissa
+        exponent += to_bias - bias
+        if exponent < 1:
+            drop += 1 - exponent
+            exponent = 1
+            if drop > mantissa + 2:
+                drop = mantissa + 2  # everything is below half of the least subnormal
+        result = fraction >> drop
+        rest = fraction & ((1 << drop) - 1)
+        half = 1 << (drop - 1)
+        if rest > half or (rest == half and (result & 1) == 1):
+            result += 1
+        result += (exponent - 1) << to_mantissa  # the leading bit carries into the exponent by itself
+        if result > to_max << to_mantissa:
+            result = to_max << to_mantissa
+    return result
+
+
+@cuda.jit(device=True)
+def _widen_f16(bits):
+    """float16 bits to float32 bits, exactly."""
+    sign = (bits & 0x8000) << 16
+    exponent = (bits >> 10) & 0x1F
+    fraction = bits & 0x3FF
+    if exponent == 0x1F:
+        result = 0x7F800000 | (fraction << 13)
+    elif exponent != 0:
+        result = ((exponent + 112) << 23) | (fraction << 13)
+    elif fraction == 0:
+        result = 0
+    else:
+        exponent = 113
+        while (fraction & 0x400) == 0:
+            fraction <<= 1
+            exponent -= 1
+        result = (exponent << 23) | ((fraction & 0x3FF) << 13)
+    return sign | result
+
+
+@cuda.jit(device=True)
+def _converted(operation, addr):
+    """The converted bits of the staged value at `addr`; not for RAW."""
+    if operation == I64_I32:
+        return load8(addr) & 0xFFFFFFFF
+    if operation == I32_I64:
+        return (load4(addr) ^ 0x80000000) - 0x80000000
+    if operation == F64_F32:
+        bits = load8(addr)
+        return _narrow(bits & 0x7FFFFFFFFFFFFFFF, 52, 1023, 23, 127, 1) | (((bits >> 63) & 1) << 31)
+    if operation == F32_F16:
+        bits = load4(addr)
+        return _narrow(bits & 0x7FFFFFFF, 23, 127, 10, 15, 0) | ((bits >> 31) << 15)
+    if operation == F16_F32:
+        return _widen_f16(load2(addr))
+    if operation == F32_BF16:
+        bits = load4(addr)
+        return _narrow(bits & 0x7FFFFFFF, 23, 127, 7, 127, 2) | ((bits >> 31) << 15)
+    return load2(addr) << 16
+
+
+@cuda.jit(device=True)
+def _store(addr, itemsize, bits):
+    """The low `itemsize` bytes of `bits`, one of 1, 2, 4, 8."""
+    if itemsize == 4:
+        store4(addr, bits)
+    elif itemsize == 8:
+        store8(addr, bits)
+    elif itemsize == 2:
+        store2(addr, bits)
+    else:
+        store1(addr, bits)
+
+
+@cuda.jit(device=True)
+def _load(addr, itemsize):
+    """`itemsize` bytes, one of 1, 2, 4, 8."""
+    if itemsize == 4:
+        return load4(addr)
+    if itemsize == 8:
+        return load8(addr)
+    if itemsize == 2:
+        return load2(addr)
+    return load1(addr)
+
+
+@cuda.jit(device=True)
+def _copy_bytes(source, target, nbytes, thread, threads):
+    """Copy by `threads` cooperating threads, with 16-byte accesses where both ends share their alignment.
+
+    Four loads are in flight before the first store: a read of host memory takes about a microsecond to come back.
+    """
+    if ((source ^ target) & 15) == 0:
+        head = min((16 - (source & 15)) & 15, nbytes)
+        i = thread
+        while i < head:
+            store1(target + i, load1(source + i))
+            i += threads
+        words = (nbytes - head) >> 4
+        s = source + head
+        d = target + head
+        i = thread
+        while i + 3 * threads < words:
+            a0, a1 = load16(s + i * 16)
+            b0, b1 = load16(s + (i + threads) * 16)
+            c0, c1 = load16(s + (i + 2 * threads) * 16)
+            d0, d1 = load16(s + (i + 3 * threads) * 16)
+            store16(d + i * 16, a0, a1)
+            store16(d + (i + threads) * 16, b0, b1)
+            store16(d + (i + 2 * threads) * 16, c0, c1)
+            store16(d + (i + 3 * threads) * 16, d0, d1)
+            i += 4 * threads
+        while i < words:
+            a0, a1 = load16(s + i * 16)
+            store16(d + i * 16, a0, a1)
+            i += threads
+        done = head + words * 16
+    elif ((source ^ target) & 3) == 0:
+        head = min((4 - (source & 3)) & 3, nbytes)
+        i = thread
+        while i < head:
+            store1(target + i, load1(source + i))
+            i += threads
+        words = (nbytes - head) >> 2
+        i = thread
+        while i < words:
+            store4(target + head + i * 4, load4(source + head + i * 4))
+            i += threads
+        done = head + words * 4
+    else:
+        done = 0
+    i = done + thread
+    while i < nbytes:
+        store1(target + i, load1(source + i))
+        i += threads
+
+
+@cuda.jit(device=True)
+def _pattern_byte(low, high, addr):
+    """The byte of a 16-byte pattern that falls on `addr`."""
+    word = high if (addr & 8) != 0 else low
+    return word >> ((addr & 7) * 8)
+
+
+@cuda.jit(device=True)
+def _pad_bytes(begin, end, low, high, thread, threads):
+    """Fill addresses [begin, end) with a 16-byte pattern whose phase is the address modulo 16."""
+    first = min((begin + 15) & ~15, end)
+    i = begin + thread
+    while i < first:
+        store1(i, _pattern_byte(low, high, i))
+        i += threads
+    words = (end - first) >> 4
+    i = thread
+    while i < words:
+        store16(first + i * 16, low, high)
+        i += threads
+    i = first + words * 16 + thread
+    while i < end:
+        store1(i, _pattern_byte(low, high, i))
+        i += threads
+
+
+@cuda.jit(device=True)
+def _splat(bits, itemsize):
+    """Repeat a value of 1, 2, 4 or 8 bytes over 8 bytes."""
+    if itemsize == 1:
+        return (bits & 0xFF) * 0x0101010101010101
+    if itemsize == 2:
+        return (bits & 0xFFFF) * 0x0001000100010001
+    if itemsize == 4:
+        return (bits & 0xFFFFFFFF) | (bits << 32)
+    return bits
+
+
+@cuda.jit
+def fill_slots(table):
+    """Move one staging block into all slots: convert, pad to the bucket, and tell the host that the block is read.
+
+    Launch shape: (any, number of slots) thread blocks. `table` is the address of the fill table.
+
+    The block to read is the fill's own count modulo the ring's depth: a replayed graph has frozen arguments, so the
+    count lives in device memory and this kernel advances it. Every thread block reads the count before it reports
+    itself done, and only the last one to report advances it, so none can see the next count. The same last block
+    then publishes the count to the host, behind a system-wide fence: from then on the host may write the block again.
+
+    Traffic: the staged bytes once over the bus, the padded bytes once into device memory.
+    """
+    step = load8(table + STEP * WORD)
+    depth, retired = load16(table + RING_DEPTH * WORD)
+    ring, block_bytes = load16(table + RING_ADDRESS * WORD)
+    block = ring + (step % depth) * block_bytes
+    row = table + (HEAD + cuda.blockIdx.y * ROW) * WORD
+    live = block + cuda.blockIdx.y * LIVE * WORD
+    rows = load8(live + ROWS * WORD)
+    columns = load8(live + COLUMNS * WORD)
+    padded_rows = load8(live + PADDED_ROWS * WORD)
+    padded_columns = load8(live + PADDED_COLUMNS * WORD)
+    source = block + load8(row + SOURCE * WORD)
+    target = load8(row + TARGET * WORD)
+    operation = load8(row + OPERATION * WORD)
+    source_item = load8(row + SOURCE_ITEM * WORD)
+    target_item = load8(row + TARGET_ITEM * WORD)
+    pitch = load8(row + PITCH * WORD)
+    mode = load8(row + PAD_MODE * WORD)
+
+    threads = cuda.blockDim.x * cuda.gridDim.x
+    thread = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    groups = 1
+    group = 0
+    if padded_rows > 1 and threads > _LANES:
+        # Whole warps only: the threads of a launch that is not a multiple of one have no row to share.
+        groups = threads // _LANES
+        group = thread // _LANES
+        thread = thread % _LANES
+        threads = _LANES
+        if group >= groups:
+            group = padded_rows
+
+    r = group
+    while r < padded_rows:
+        from_row = r
+        if r >= rows:
+            from_row = rows - 1 if mode == PAD_REPEAT else -1
+        count = columns if from_row >= 0 else 0
+        s = source + from_row * columns * source_item
+        d = target + r * pitch * target_item
+        if operation == RAW:
+            _copy_bytes(s, d, count * target_item, thread, threads)
+        else:
+            i = thread
+            while i < count:
+                _store(d + i * target_item, target_item, _converted(operation, s + i * source_item))
+                i += threads
+        if mode != PAD_KEEP and count < padded_columns:
+            low = load8(row + PAD_LOW * WORD)
+            high = load8(row + PAD_HIGH * WORD)
+            if mode == PAD_REPEAT and count > 0:
+                last = s + (count - 1) * source_item
+                if operation != RAW:
+                    low = _splat(_converted(operation, last), target_item)
+                    high = low
+                elif target_item == 16:
+                    low = load8(last)
+                    high = load8(last + 8)
+                else:
+                    low = _splat(_load(last, target_item), target_item)
+                    high = low
+            _pad_bytes(d + count * target_item, d + padded_columns * target_item, low, high, thread, threads)
+        r += groups
+
+    if cuda.blockDim.x > 1:  # the simulator takes milliseconds for a barrier, and runs this with one thread
+        cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        cuda.threadfence()
+        if add8(table + DONE * WORD, 1) == cuda.gridDim.x * cuda.gridDim.y - 1:
+            # Two races that this fence ends; an atomic by itself orders nothing behind it. Another block reads its
+            # staged values and adds to DONE; this one sees the sum and publishes; the host writes the staging block
+            # again; the other block has read that. Or it has read the next count: STEP, stored below. The publication
+            # is strong because a weak store is not ordered towards the host. tests/test_memory_model.py has the proof.
+            cuda.threadfence_system()
+            store8(table + DONE * WORD, 0)
+            store8(table + STEP * WORD, step + 1)
+            publish8(retired, step + 1)
+
+
+@cuda.jit
+def copy_many(table, rows):
+    """Copy `rows` pieces of memory, each from any address to any other; no two of them may overlap in a target.
+
+    Launch shape: any. `table` is the address of COPY_ROW words per piece, read in place; a thread block takes every
+    gridDim-th piece and shares it among its threads, so pieces should not be much larger than the others.
+
+    Traffic: the bytes of the pieces, once each way, and 24 bytes of table per piece and warp.
+    """
+    row = cuda.blockIdx.x
+    while row < rows:
+        piece = table + row * COPY_ROW * WORD
+        nbytes = load8(piece + COPY_BYTES * WORD)
+        source = load8(piece + COPY_SOURCE * WORD)
+        target = load8(piece + COPY_TARGET * WORD)
+        _copy_bytes(source, target, nbytes, cuda.threadIdx.x, cuda.blockDim.x)
+        row += cuda.gridDim.x
+
+
+KERNELS = ((fill_slots, (types.int64,)), (copy_many, (types.int64, types.int64)))
+"""Each kernel with the signature it is compiled for; the tests compile them all to machine code."""

@@ -1,0 +1,379 @@
+"""Raw blocks of memory, one driver allocation each, and the account of bytes with its limits.
+
+A block is plain bytes; typed arrays are views over it, made once per spec. It also carries what the pool must know to
+hand it on: who may still use it, and whether a live graph does. Knows no pool. Sits above `_cuda`, below `entry`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .. import _cuda
+from ..errors import CaptureError, TierFullError
+from .spec import BufferSpec, Tier
+
+__all__ = [
+    "EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "same_memory", "same_stream",
+    "size_class",
+]  # fmt: skip
+
+EXACT_ABOVE = 16 << 20
+"""Requests above this many bytes are not rounded up."""
+
+_MAX_VIEWS = 16
+"""Typed views remembered per block; a block that serves more specs than this forgets them all and begins anew."""
+
+
+def size_class(nbytes: int) -> int:
+    """Return `nbytes` rounded up to its size class: eight classes per power of two, exact above 16 MiB.
+
+    The waste stays below an eighth of the request: the step between classes is an eighth of the power of two below it.
+
+    Examples
+    --------
+    >>> size_class(1000), size_class(1025), size_class(16 << 20), size_class((16 << 20) + 1)
+    (1024, 1152, 16777216, 16777217)
+    """
+    if nbytes > EXACT_ABOVE:
+        return nbytes
+    step = 1 << max(0, (nbytes - 1).bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+class Pin:
+    """What a graph holds on to while it reads or writes a block; the block cannot be recycled before it is gone."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Block:
+    """One raw allocation in one tier, and what is known of its use.
+
+    Attributes
+    ----------
+    tier : Tier
+    nbytes : int
+        Capacity. A block made for a zero-byte spec has one byte.
+    base, address
+        The raw uint8 array and the address of its first byte.
+    spec : BufferSpec
+        What the block is, or was last, leased as.
+    array
+        The typed view for `spec`.
+    home
+        Puts the block's ticket on the shelf of `spec`: the append method of that shelf.
+    plain : bool
+        Whether a release may put the block straight back: nothing is known but "leased by one owner, no queued work".
+    generation : int
+        Number of leases so far. Only the leaseholder writes it.
+    captured : stream or None
+        The stream of the capture that the current lease began in, and in which it ended if the block is put aside.
+    clean_at : int
+        The generation after which the block was last known to have no queued work; see `clean`.
+    users : tuple of streams
+        Streams with queued work on the block, besides the releasing one.
+    events : list of (stream, event)
+        Marks after which the block is done, one per stream that used the last lease.
+    pins : dict of int to weakref of Pin
+        By thread, as two that capture at once would overwrite each other's.
+    pool
+        A function that returns the pool, or None when that is gone.
+    site : str
+        Where it was leased last, in debug mode.
+    """
+
+    __slots__ = (
+        "__weakref__", "address", "array", "base", "captured", "clean_at", "device_views", "events", "generation",
+        "home", "nbytes", "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
+    )  # fmt: skip
+
+    home: Any
+
+    def __init__(self, spec: BufferSpec, nbytes: int) -> None:
+        self.tier = spec.tier
+        self.nbytes = nbytes
+        # One driver allocation, by the door's own functions: looked up here, so that a test may replace them.
+        make = {
+            Tier.DEVICE: _cuda.empty_device,
+            Tier.MANAGED: _cuda.empty_managed,
+            Tier.PINNED: _cuda.empty_pinned,
+        }[spec.tier]
+        self.base = make(nbytes)
+        self.address = _cuda.address(self.base)
+        self.views: dict[BufferSpec, Any] = {}
+        self.device_views: dict[BufferSpec, Any] = {}
+        self.generation = 0
+        self.clean_at = 0
+        self.captured: Any = None
+        self.users: tuple[Any, ...] = ()
+        self.events: list[tuple[Any, Any]] = []
+        self.pins: dict[int, weakref.ref[Pin]] = {}
+        self.plain = True
+        self.pool: Any = None
+        self.site = ""
+        self.become(spec)
+        _register(self)
+
+    def become(self, spec: BufferSpec) -> None:
+        """Take the shape and type of `spec`, whose bytes fit."""
+        array = self.views.get(spec)
+        if array is None:
+            if len(self.views) >= _MAX_VIEWS:
+                self.views.clear()
+            view = _cuda.device_view if spec.tier is Tier.DEVICE else _cuda.host_view
+            array = self.views[spec] = view(self.base, 0, spec.shape, spec.dtype)
+        self.spec = spec
+        self.array = array
+
+    def device_view(self) -> Any:
+        """Return the typed view that kernels take, made at its first use."""
+        spec = self.spec
+        if spec.tier is Tier.DEVICE:
+            return self.array
+        view = self.device_views.get(spec)
+        if view is None:
+            if len(self.device_views) >= _MAX_VIEWS:
+                self.device_views.clear()
+            view = self.device_views[spec] = _cuda.device_view(self.base, 0, spec.shape, spec.dtype)
+        return view
+
+    def add_user(self, stream: Any) -> None:
+        """Count `stream` among those with queued work on the block.
+
+        Device memory that was leased without a stream is used on the default stream already, which then needs a mark
+        of its own, too.
+        """
+        self.plain = False
+        users = self.users
+        if not users and self.tier is Tier.DEVICE:
+            users = (_cuda.as_stream(0),)
+        if not any(same_stream(stream, user) for user in users):
+            users = (*users, stream)
+        self.users = users
+
+    @property
+    def clean(self) -> bool:
+        """Whether an idle block has no queued work, so that any stream may have it without a wait."""
+        return self.clean_at == self.generation
+
+    @property
+    def pinned_by_graph(self) -> bool:
+        """Whether a graph that is alive, or a capture that is open, reads or writes the block."""
+        return any(pin() is not None for pin in list(self.pins.values()))
+
+    def __repr__(self) -> str:
+        return f"<Block {self.nbytes} bytes {self.tier.value} at {self.address:#x}, {self.spec}>"
+
+
+def same_stream(one: Any, other: Any) -> bool:
+    """Return whether two `_cuda.Stream` are one stream.
+
+    A handle alone proves nothing: the driver gives a destroyed stream's handle to the next one, and that of the
+    per-thread default stream means another stream in every thread. The legacy default stream is never destroyed.
+    """
+    if one is other:
+        return True
+    if one.handle != other.handle:
+        return False
+    if one.thread is not None or other.thread is not None:
+        return one.thread is other.thread
+    if one.handle == 0 or one.core is other.core:
+        return True
+    owner = getattr(one.numba, "owner", None)
+    return owner is not None and owner is getattr(other.numba, "owner", None)
+
+
+def refuse_captured(stream: Any) -> None:
+    """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
+    if not _cuda.capturing() and not stream.closed and _cuda.is_capturing(stream):
+        raise CaptureError(
+            f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
+            "numbabuf, and nothing tells a pool when that graph is done with a buffer: allocate it before that capture "
+            "without naming this stream, and keep it, unreleased, as long as the graph lives"
+        )
+
+
+def line_of(stream: Any) -> Any:
+    """Return what the released buffers of a stream are kept under: its work is done in order, theirs with it."""
+    return stream.handle if stream.thread is None else stream.thread
+
+
+class Ticket:
+    """The right to a block; there is one per block, held by a shelf of the pool or by the one who leased it.
+
+    The pool keeps no other reference to a ticket in somebody's hands, so a ticket that dies there was lost.
+    """
+
+    __slots__ = ("_token", "block", "placed")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.placed = False  # whether the pool has it back from a release that is not plain
+        self._token = np.empty(0, np.uint8)  # what `Alarm` watches
+
+
+class Alarm(weakref.ref):  # type: ignore[type-arg]
+    """Goes off when a ticket dies: its owner was dropped without a release.
+
+    All it does is to append itself to a deque, in C. That takes no lock, as it must not: the collector may come in the
+    middle of any call, one that holds the pool's lock included, in the same thread.
+
+    A finaliser of the ticket would not do. In a dead cycle the collector runs all finalisers before it drops anything:
+    the ticket's, too, where another finaliser of that cycle is about to release the entry, or has just released it, so
+    that the ticket is on its shelf, or leased anew. A NumPy array is none of the collector's business; it dies with
+    the last reference to it, and only then.
+    """
+
+    __slots__ = ("block",)
+
+    block: Block
+
+    @classmethod
+    def watch(cls, ticket: Ticket, off: Any) -> Alarm:
+        """Have `off` called with the alarm when `ticket` dies, as long as the alarm is kept."""
+        alarm = cls(ticket._token, off)
+        alarm.block = ticket.block
+        return alarm
+
+
+def same_memory(tier: Tier) -> tuple[Tier, ...]:
+    """Return the tiers that take room in one physical memory with `tier`: managed pages migrate to the card."""
+    return (Tier.PINNED,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
+
+
+class Ledger:
+    """Bytes reserved by tier, within limits. The caller holds a lock; nothing here calls the driver.
+
+    Parameters
+    ----------
+    max_bytes
+        Limit of device and managed memory together (managed pages take room on the card too), or None.
+    max_pinned_bytes
+        Limit of pinned memory, or None.
+    """
+
+    def __init__(self, max_bytes: int | None, max_pinned_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self.max_pinned_bytes = max_pinned_bytes
+        self.reserved = dict.fromkeys(Tier, 0)
+        """Bytes that the driver has given."""
+        self.promised = dict.fromkeys(Tier, 0)
+        """Bytes that the driver is being asked for; they count against the limit too."""
+        self.total = 0
+        """Sum of `reserved`."""
+        self.peak = 0
+
+    def limit(self, tier: Tier) -> int | None:
+        """Return the limit that `tier` counts against."""
+        return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
+
+    def set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        """Change the limit that `tier` counts against; the caller has seen to it that what is reserved fits."""
+        if tier is Tier.PINNED:
+            self.max_pinned_bytes = nbytes
+        else:
+            self.max_bytes = nbytes
+
+    def taken(self, tier: Tier) -> int:
+        """Return the bytes reserved and promised that count against the limit of `tier`."""
+        return sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
+
+    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
+        """Return the tiers that count against one limit with `tier`, itself included."""
+        return same_memory(tier)
+
+    def room(self, tier: Tier) -> int | None:
+        """Return the bytes that may still be asked for, None where there is no limit."""
+        limit = self.limit(tier)
+        if limit is None:
+            return None
+        return limit - self.taken(tier)
+
+    def promise(self, tier: Tier, nbytes: int) -> None:
+        """Set `nbytes` aside before the driver is asked; raise TierFullError, with nothing changed, without room."""
+        room = self.room(tier)
+        if room is not None and nbytes > room:
+            raise TierFullError(f"{nbytes} bytes of {tier.value} memory do not fit the limit of {self.limit(tier)}")
+        self.promised[tier] += nbytes
+
+    def withdraw(self, tier: Tier, nbytes: int) -> None:
+        """Take a promise back: the driver refused."""
+        self.promised[tier] -= nbytes
+
+    def keep(self, tier: Tier, nbytes: int) -> None:
+        """Turn a promise into bytes reserved: the driver gave them."""
+        self.promised[tier] -= nbytes
+        self.reserved[tier] += nbytes
+        self.total += nbytes
+        self.peak = max(self.peak, self.total)
+
+    def give_back(self, tier: Tier, nbytes: int) -> None:
+        """Count bytes as returned to the driver."""
+        self.reserved[tier] -= nbytes
+        self.total -= nbytes
+
+
+# ------------------------------------------------------------------------------------------------- who is under a graph
+
+# No lock here: a capture looks up its operands, and a finaliser that the collector runs in the middle of that may wait
+# for a pool's lock, whose holder may be registering a block.
+_registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
+_sorted: list[list[int]] = []  # the addresses in order, once somebody asked; each block that comes begins another
+
+
+def _register(block: Block) -> None:
+    global _sorted
+    _registry[block.address] = block
+    _sorted = []  # not emptied: who is sorting the addresses just now, without this one, has the list before
+
+
+def _block_at(address: int) -> Block | None:
+    """Return the block that an address lies in."""
+    known = _sorted
+    if not known:
+        known.append(sorted(ref.key for ref in _registry.valuerefs()))  # type: ignore[attr-defined]
+    place = bisect_right(known[0], address)
+    block = _registry.get(known[0][place - 1]) if place else None
+    return block if block is not None and address < block.address + block.nbytes else None
+
+
+def _blocks_of(operand: Any) -> Iterator[Block]:
+    """Yield the blocks that an operand of a capture lies in; the operand is an array or a tuple of arguments."""
+    if isinstance(operand, (tuple, list)):
+        for part in operand:
+            yield from _blocks_of(part)
+        return
+    if isinstance(operand, np.generic):  # a scalar goes by value, for all that it offers __array_interface__
+        return
+    if hasattr(type(operand), "address"):  # a BufferEntry
+        address = operand.address
+    elif hasattr(operand, "__cuda_array_interface__") or hasattr(operand, "__array_interface__"):
+        address = _cuda.address(operand)
+    else:
+        return
+    block = _block_at(address)
+    if block is not None:
+        yield block
+
+
+def _pin_operand(operand: Any) -> list[Pin]:
+    """Pin the blocks under an operand; a graph keeps the pins, and with them the blocks, until it is closed."""
+    pins, thread = [], threading.get_ident()
+    for block in _blocks_of(operand):
+        known = block.pins.get(thread)
+        pin = None if known is None else known()
+        if pin is None:
+            pin = Pin()
+            block.pins[thread] = weakref.ref(pin)
+        block.plain = False  # from here on a release takes the way that looks at the pin
+        pins.append(pin)
+    return pins
+
+
+_cuda.watch_operands(_pin_operand)

@@ -1,0 +1,609 @@
+"""The contract of buffer pools, and SimpleBufferPool: memory that is reused in stream order, under limits.
+
+A pool hands out leases over what its `store` holds and takes them back, and says what it did; it moves nothing between
+tiers and predicts nothing. Sits above `entry`, `store` and `ladder`, below `hierarchy` and `manager`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .. import _cuda
+from ..checks import whole_number
+from ..errors import CaptureError, TierFullError
+from ..view import html
+from .block import Ledger, Ticket, refuse_captured
+from .entry import BufferEntry
+from .oom import Ladder
+from .ordering import REUSE
+from .spec import BufferSpec, Tier
+from .stats import Frozen, OomSteps, PoolStats, Scope, caller
+from .store import Store
+
+__all__ = ["BufferPool", "Limits", "SimpleBufferPool"]
+
+_open_captures = _cuda.captures
+
+
+class BufferPool(ABC):
+    """What every pool offers. A pool is a context manager; leaving it closes it."""
+
+    closed: bool
+    device: int | None = None
+    """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
+
+    @abstractmethod
+    def allocate(self, spec: BufferSpec, *, stream: Any = None) -> BufferEntry:
+        """Lease a buffer of `spec`; `stream` is where the work that uses it will be queued."""
+
+    def release(self, entry: BufferEntry, *, stream: Any = None) -> None:
+        """End a lease; the same as ``entry.release(stream=stream)``."""
+        entry.release(stream=stream)
+
+    @abstractmethod
+    def reserve(self, specs: Iterable[BufferSpec]) -> None:
+        """Have idle buffers ready for `specs`, all of them or none."""
+
+    @abstractmethod
+    def trim(self, max_bytes: int) -> int:
+        """Free idle memory until at most `max_bytes` are reserved, as far as that goes; return the bytes freed."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Free all idle memory; leased and graph-owned memory stays valid."""
+
+    @abstractmethod
+    def stats(self) -> Any:
+        """Return a frozen snapshot."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Assert the pool's invariants; the message of a failure holds the pool's whole state."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free idle memory and refuse further leases; leased buffers stay valid until released. Idempotent."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a pool cannot be copied or pickled: its memory is this one's alone; make another")
+
+    def __enter__(self) -> BufferPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Limits(MutableMapping[Tier, "int | None"]):
+    """The limits of a pool in bytes, by tier; None for none. Assigning an item changes a limit."""
+
+    __slots__ = ("_change", "_look")
+
+    def __init__(self, look: Callable[[Tier], int | None], change: Callable[[Tier, int | None], None]) -> None:
+        self._look, self._change = look, change
+
+    def __getitem__(self, tier: Tier) -> int | None:
+        return self._look(Tier(tier))
+
+    def __setitem__(self, tier: Tier, nbytes: int | None) -> None:
+        self._change(Tier(tier), nbytes)
+
+    def __delitem__(self, tier: Tier) -> None:
+        raise TypeError("a limit is not deleted: assign another, or None where the pool has no need of one")
+
+    def __iter__(self) -> Iterator[Tier]:
+        return iter(Tier)
+
+    def __len__(self) -> int:
+        return len(Tier)
+
+    def __repr__(self) -> str:
+        return f"<Limits {', '.join(f'{tier.value}: {nbytes}' for tier, nbytes in self.items())}>"
+
+
+class SimpleBufferPool(BufferPool):
+    """A pool that reuses memory of the same spec, then of the same size class, then asks the driver.
+
+    Parameters
+    ----------
+    max_bytes
+        Limit of device and managed memory together, in bytes; None for what the driver gives.
+    max_pinned_bytes
+        Limit of pinned memory, in bytes.
+    reuse : {"wait", "done", "same"}
+        Who may have device memory that was released on one stream. "wait": anybody; another stream is made to wait by
+        an event, the host never waits. "done": another stream only once the work is done. "same": only the stream it
+        was released on. Memory that the CPU reads (pinned, managed) is always "done", because the next to write it is
+        the CPU.
+    on_oom
+        Called with the number of bytes asked for when nothing else has made room, at most once per request; it may
+        release buffers, of this pool too. The request is tried once more after it.
+    events
+        Number of events (leases, releases, driver calls) to remember for `events`; 0 remembers none and costs nothing.
+
+    Raises
+    ------
+    ValueError
+        A limit is negative, or `reuse` is none of the three.
+
+    Notes
+    -----
+    Threads: every method may be called from any thread. A hit and its release take no lock.
+    Streams: the order of work is known from the streams that `allocate`, `release`, `BufferEntry.mark_in_use` and
+    `record_stream` were given; None is the default stream for device memory, and the CPU alone for the other tiers.
+    A `reuse` wait costs one driver call; a release with a stream one event.
+    Capture: a thread that captures a graph frees, queries and allocates nothing; its releases are put aside until the
+    end of the capture, and an allocation that no idle buffer can serve raises CaptureError. Other threads go on. Memory
+    that a live graph reads or writes is not handed out again before the graph is closed, even if it is released, but
+    to captures on the same stream: their graphs share what is leased and released within them. Of a graph that another
+    library captures a pool knows nothing: keep what it uses leased as long as it lives.
+    Devices: all memory is on one device, the one that was current when the first of it was allocated; what the pool
+    does by itself runs there, whichever is current. More is refused (BackendError) while another device is current,
+    and so is a stream of another device; idle memory is not.
+    Contexts: a pool whose context was closed (``cuda.close()``) raises ClosedError; `close` and releases are quiet.
+    Processes: after a fork the child's copy of the pool is closed, and neither frees nor reports anything.
+
+    Examples
+    --------
+    >>> pool = SimpleBufferPool(max_pinned_bytes=1 << 20)
+    >>> spec = BufferSpec((8, 16), "float32", Tier.PINNED)
+    >>> entry = pool.allocate(spec)
+    >>> entry.array.shape
+    (8, 16)
+    >>> entry.release()
+    >>> again = pool.allocate(spec)
+    >>> again.generation, pool.stats().exact_hits
+    (2, 1)
+    >>> again.release()
+    >>> pool.close()
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int | None = None,
+        max_pinned_bytes: int | None = None,
+        reuse: str = "wait",
+        on_oom: Callable[[int], Any] | None = None,
+        events: int = 0,
+    ) -> None:
+        max_bytes = None if max_bytes is None else whole_number("max_bytes", max_bytes)
+        max_pinned_bytes = None if max_pinned_bytes is None else whole_number("max_pinned_bytes", max_pinned_bytes)
+        if reuse not in REUSE:
+            raise ValueError(f'reuse is {reuse!r}; use one of "wait", "done", "same"')
+        self._begin(Store(Ledger(max_bytes, max_pinned_bytes), weakref.ref(self), reuse=reuse, events=events), on_oom)
+
+    def _begin(self, store: Store, on_oom: Callable[[int], Any] | None) -> None:
+        """Start to hand out what `store` holds."""
+        if on_oom is not None and not callable(on_oom):
+            raise TypeError(f"on_oom is {on_oom!r}: give a function of the number of bytes, or None")
+        self._store = store
+        self._ladder = Ladder(store, on_oom)
+        self._hot = store.shelves.hot
+        _pools.add(self)
+
+    @property
+    def device(self) -> int | None:  # type: ignore[override]
+        """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
+        return self._store.device
+
+    @property
+    def closed(self) -> bool:  # type: ignore[override]
+        """Whether the pool was closed, or belongs to another process."""
+        return bool(self._store.closed)
+
+    @property
+    def reuse(self) -> str:
+        """Who may have device memory that was released on one stream."""
+        return self._store.order.reuse
+
+    # ------------------------------------------------------------------------------------------------------- leases
+
+    def allocate(self, spec: BufferSpec, *, stream: Any = None) -> BufferEntry:
+        """Lease a buffer of `spec`.
+
+        Parameters
+        ----------
+        spec
+            Shape, type and tier. Zero-byte specs are legal.
+        stream
+            Where the work that uses the buffer will be queued; its release counts as on this stream, if not told
+            otherwise. None: the default stream.
+
+        Returns
+        -------
+        entry : BufferEntry
+            Its contents are undefined.
+
+        Raises
+        ------
+        TypeError
+            `spec` is no BufferSpec, or `stream` is no stream.
+        ClosedError
+            The pool is closed.
+        TierFullError
+            There is no room, and nothing made room; the text holds the whole account.
+        CaptureError
+            This thread captures and no idle buffer fits, or `stream` is captured by another thread or library.
+        BackendError
+            Another device is current than that of the memory and more is needed, or `stream` is another device's.
+
+        Notes
+        -----
+        Cost: a hit takes a dictionary look-up and a pop, no lock and no driver call.
+        """
+        # Hot path, guarded by benchmarks/pool.py. The exceptions are the rare way out, and cost nothing otherwise.
+        if stream is None and not _open_captures:
+            try:
+                ticket = self._hot[spec].pop()
+            except (KeyError, IndexError, TypeError):
+                return self._allocate_slowly(spec, None)
+            ticket.block.generation += 1
+            return BufferEntry(ticket)
+        return self._allocate_slowly(spec, stream)
+
+    def release(self, entry: BufferEntry, *, stream: Any = None) -> None:
+        """End a lease; the same as ``entry.release(stream=stream)``, for an entry of this pool.
+
+        Raises
+        ------
+        TypeError
+            `entry` is no BufferEntry.
+        ValueError
+            The entry is another pool's; its lease goes on.
+        StaleBufferError
+            The entry was released before.
+        """
+        if not isinstance(entry, BufferEntry):
+            raise TypeError(f"release was given {entry!r}: give the BufferEntry that allocate returned")
+        if entry._block("released").pool() is not self:
+            raise ValueError(f"{entry!r} belongs to another pool: release it there, or call entry.release()")
+        entry.release(stream=stream)
+
+    def _allocate_slowly(self, spec: BufferSpec, stream: Any) -> BufferEntry:
+        if not isinstance(spec, BufferSpec):
+            raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
+        store = self._store
+        if stream is not None:
+            wrapped = self._stream(stream)
+        else:  # the default stream, which goes without saying where all threads have one
+            wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
+        with store.there(), store.lock:
+            store.refuse_closed()
+            if wrapped is not None:
+                store.refuse_elsewhere(wrapped)
+                refuse_captured(wrapped)
+            ticket, kind = store.find(spec, wrapped)
+            if ticket is not None:
+                store.lease(ticket, kind, wrapped)
+                return BufferEntry(ticket)
+        if _cuda.capturing():
+            raise CaptureError(
+                f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
+                f"reserve([{spec}]) before the capture"
+            )
+
+        def serve() -> BufferEntry:
+            with store.there(), store.lock:
+                ticket, kind = store.find(spec, wrapped)
+            if ticket is None:
+                ticket, kind = store.grow(spec), "miss"
+            with store.lock:
+                store.lease(ticket, kind, wrapped)
+                return BufferEntry(ticket)
+
+        return self._ladder.climb(spec, serve, self._demote)
+
+    def _demote(self, tier: Tier, nbytes: int) -> str | None:
+        """The rung of the ladder that is the pool's own: this one has nothing to move."""
+        return None
+
+    def _take_back(self, ticket: Ticket, stream: Any) -> str:
+        """End a lease that is not plain, for its entry; returns where, in debug mode."""
+        store = self._store
+        store.release(ticket, None if stream is None else self._stream(stream))
+        return caller() if store.watch.debug else ""
+
+    @staticmethod
+    def _stream(stream: Any) -> Any:
+        """Wrap what a user calls a stream; that of this thread's own capture is known by one object."""
+        wrapped = _cuda.as_stream(stream)
+        here = _cuda.open_capture()
+        if here is not None and here.stream.handle == wrapped.handle and here.stream.thread is wrapped.thread:
+            return here.stream
+        return wrapped
+
+    def _look_again(self) -> None:
+        """A plain release may have met with the close of the pool, and then came home unseen."""
+        with self._store.lock:
+            self._store.settle()
+
+    # ------------------------------------------------------------------------------------------ memory, back and ahead
+
+    def reserve(self, specs: Iterable[BufferSpec]) -> None:
+        """Have idle buffers ready, so that leasing all of `specs` at once, on any stream, calls the driver for none.
+
+        Waits for the default stream where it may still use one of them.
+
+        Parameters
+        ----------
+        specs
+            One item per buffer; the same spec twice means two buffers.
+
+        Raises
+        ------
+        TierFullError
+            Not all of them fit. Names those that did not; the buffers that this call made are freed again.
+        CaptureError
+            This thread captures.
+        ClosedError
+            The pool is closed.
+        """
+        wanted = list(specs)
+        for spec in wanted:
+            if not isinstance(spec, BufferSpec):
+                raise TypeError(f"reserve was given {spec!r}: give BufferSpec(shape, dtype, tier)")
+        self._store.refuse_closed()
+        if _cuda.capturing():
+            raise CaptureError("reserve cannot allocate while a graph is captured: call it before the capture")
+        refused = self._store.reserve(wanted)
+        if refused:
+            self._store.flush()
+            raise TierFullError(
+                f"{len(refused)} of {len(wanted)} buffers do not fit, and none was reserved: {_listed(refused)}. "
+                f"Free memory, raise the limit or reserve less; {self!r}"
+            )
+
+    def trim(self, max_bytes: int) -> int:
+        """Free idle memory, the longest idle of each spec first, until at most `max_bytes` are reserved.
+
+        Parameters
+        ----------
+        max_bytes
+            Bytes of all tiers together that may stay; leased and pending memory stays in any case.
+
+        Returns
+        -------
+        freed : int
+            Bytes given back to the driver.
+
+        Raises
+        ------
+        CaptureError
+            This thread captures, which forbids freeing.
+
+        Notes
+        -----
+        Streams: the host waits for the work on what it frees.
+        """
+        max_bytes = whole_number("max_bytes", max_bytes)
+        store = self._store
+        with store.lock:
+            store.refuse_capture("trim")
+            store.settle()
+            freed = 0
+            for tier in Tier:
+                excess = store.ledger.total - max_bytes
+                if excess > 0:
+                    freed += store.free_idle(excess, (tier,))
+        if freed:
+            store.flush()
+        return freed
+
+    def clear(self) -> None:
+        """Free all idle memory; leased memory, and what a live graph uses, stays valid.
+
+        Raises
+        ------
+        CaptureError
+            This thread captures, which forbids freeing.
+        """
+        self.trim(0)
+
+    def close(self) -> None:
+        """Wait for the work on released buffers, free them, and refuse further leases.
+
+        Leased buffers stay valid; their memory goes when they are released. Idempotent.
+
+        Raises
+        ------
+        CaptureError
+            This thread captures, which forbids freeing.
+        """
+        store = self._store
+        with store.lock:
+            store.refuse_capture("close")
+            freed = store.close("the pool is closed: make a new one, or allocate before close()")
+        if freed:
+            store.flush()
+
+    # --------------------------------------------------------------------------------------------------------- limits
+
+    @property
+    def limits(self) -> Limits:
+        """Limit of each tier in bytes: ``pool.limits[Tier.DEVICE] = 2 << 30``, or a mapping for some of the tiers.
+
+        In a `SimpleBufferPool` device and managed memory have one limit together. Below what is reserved, idle memory
+        is freed first.
+
+        Raises
+        ------
+        TierFullError
+            What is in use or under graphs does not fit the new limit; the limit stays.
+        CaptureError
+            Memory would have to be freed, and this thread captures a graph.
+        TypeError, ValueError
+            The tier is unknown, or the limit no whole number >= 0.
+        """
+        return Limits(self._limit, self._set_limit)
+
+    @limits.setter
+    def limits(self, limits: Mapping[Tier, int | None]) -> None:
+        if not isinstance(limits, Mapping):
+            raise TypeError(f"limits is {limits!r}: give a mapping of tiers to bytes, or assign limits[Tier.DEVICE]")
+        for tier, nbytes in limits.items():
+            self._set_limit(Tier(tier), nbytes)
+
+    def _limit(self, tier: Tier) -> int | None:
+        self._store.refuse_closed()
+        return self._store.ledger.limit(tier)
+
+    def _set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        nbytes = None if nbytes is None else whole_number(f"limits[{tier}]", nbytes)
+        store = self._store
+        with store.there(), store.lock:
+            store.refuse_closed()
+            ledger = store.ledger
+            if nbytes is not None and ledger.taken(tier) > nbytes:
+                store.refuse_capture("a lower limit")
+                store.settle()
+                store.free_idle(ledger.taken(tier) - nbytes, ledger.sharing(tier))
+                store.flush()
+                if ledger.taken(tier) > nbytes:
+                    raise TierFullError(
+                        f"{nbytes} bytes are too few for {tier.value} memory: {ledger.taken(tier)} are in use or under "
+                        f"graphs; the limit stays at {ledger.limit(tier)}. Release buffers, or close graphs, first"
+                    )
+            ledger.set_limit(tier, nbytes)
+
+    # ---------------------------------------------------------------------------------------------------- observation
+
+    def stats(self) -> PoolStats:
+        """Return one consistent snapshot: all its figures are of one moment.
+
+        Notes
+        -----
+        Cost: about 15 us, and up to 1 us per buffer; leases do no counting for it.
+        """
+        store = self._store
+        with store.lock:
+            try:
+                store.settle()
+            except Exception:  # a faulted device; whoever asks it for work is told, and these figures hold without it
+                pass
+            idle = [ticket.block.nbytes for ticket in store.idle()]
+            pending = [block.nbytes for block in store.waiting()]
+            blocks = list(store.blocks)
+            leases = [block.generation for block in blocks]
+            reserved = store.ledger.total
+            counts = store.counts
+            allocations = store.past_leases + sum(leases)
+            return PoolStats(
+                reserved_bytes=reserved,
+                in_use_bytes=reserved - sum(idle) - sum(pending),
+                idle_bytes=sum(idle),
+                pending_bytes=sum(pending),
+                peak_bytes=store.ledger.peak,
+                peak_count=store.peak_count,
+                reserved_count=len(blocks),
+                in_use_count=len(blocks) - len(idle) - len(pending),
+                idle_count=len(idle),
+                pending_count=len(pending),
+                waste_bytes=sum(block.nbytes - block.spec.size_bytes for block in blocks),
+                allocations=allocations,
+                allocated_bytes=store.past_bytes + sum(n * b.nbytes for n, b in zip(leases, blocks, strict=True)),
+                exact_hits=allocations - counts["class_hits"] - counts["misses"],
+                stream_waits=store.order.waits,
+                lost_streams=store.order.lost_streams,
+                oom=OomSteps(**self._ladder.counts),
+                reserved_by_tier=Frozen(store.ledger.reserved),
+                **counts,
+            )
+
+    @contextlib.contextmanager
+    def statistics(self) -> Iterator[Scope]:
+        """Count the leases made within a ``with``: current, peak and total, in bytes and buffers. Scopes nest.
+
+        Examples
+        --------
+        >>> pool = SimpleBufferPool()
+        >>> with pool.statistics() as scope:
+        ...     pool.allocate(BufferSpec(1024, "uint8", Tier.PINNED)).release()
+        >>> scope.stats().peak_bytes, scope.stats().current_bytes
+        (1024, 0)
+
+        Notes
+        -----
+        Cost: while a scope is open, leases and releases take the pool's lock.
+        """
+        scope, store = Scope(), self._store
+        try:
+            with store.lock:
+                store.watch.open(scope)
+                store.set_hot()
+            yield scope
+        finally:
+            with store.ending():
+                store.watch.close(scope)
+                store.set_hot()
+
+    def events(self) -> np.ndarray:
+        """Return the remembered events, oldest first, as a structured array (`stats.EVENT_DTYPE`).
+
+        Raises
+        ------
+        ValueError
+            The pool was made with ``events=0``.
+        """
+        store = self._store
+        if store.watch.ring is None:
+            raise ValueError("this pool remembers no events: make it with SimpleBufferPool(events=10_000)")
+        with store.lock:
+            return store.watch.ring.snapshot()
+
+    def check(self) -> None:
+        """Assert the pool's invariants.
+
+        Raises
+        ------
+        AssertionError
+            One does not hold; the text names it and dumps the pool.
+
+        Notes
+        -----
+        Threads: leases by other threads may go on meanwhile.
+        """
+        self._store.check(repr(self))
+
+    def _disown(self) -> None:
+        """In a forked child: be closed, and leave the memory to the parent."""
+        self._store.disown("the pool belongs to another process, from which this one was forked: make a new one")
+
+    def __repr__(self) -> str:
+        store, state = self._store, "closed, " if self.closed else ""
+        return f"<{type(self).__name__} {state}{len(store.blocks)} buffers, {store.ledger.total} bytes>"
+
+    def _repr_html_(self) -> str:
+        ledger = self._store.ledger
+        bars = [
+            html.bar({tier.value: amount}, total=ledger.limit(tier), unit="bytes")
+            for tier, amount in ledger.reserved.items()
+            if amount and ledger.limit(tier)
+        ]
+        return html.card(repr(self), *bars, self.stats()._repr_html_())
+
+
+def _listed(specs: list[BufferSpec]) -> str:
+    names = [str(spec) for spec in specs[:8]]
+    return ", ".join(names) + (f" and {len(specs) - 8} more" if len(specs) > 8 else "")
+
+
+# ------------------------------------------------------------------------------------------------------------- fork
+
+_pools: weakref.WeakSet[SimpleBufferPool] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool._disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

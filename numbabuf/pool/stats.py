@@ -1,0 +1,453 @@
+"""Frozen snapshots that every `stats()` returns, and what watches a pool: scopes, the event ring, debug mode.
+
+Values and small counters only: nothing here knows a pool, a lock or a device; who uses them holds the lock. Sits above
+`spec`, below `memory`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from .. import config
+from ..checks import outside
+from ..view import html
+from .spec import Tier
+
+__all__ = [
+    "EVENT_DTYPE",
+    "EventRing",
+    "Frozen",
+    "HierarchyStats",
+    "ManagerStats",
+    "OomSteps",
+    "PoolStats",
+    "PredictionStats",
+    "Scope",
+    "ScopeStats",
+    "Watch",
+    "caller",
+]
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class Frozen(Mapping[_K, _V]):
+    """A mapping that cannot change; unlike `types.MappingProxyType` it can be copied and pickled.
+
+    Examples
+    --------
+    >>> Frozen({"a": 1}) == {"a": 1}
+    True
+    """
+
+    def __init__(self, items: Mapping[_K, _V] | Iterable[tuple[_K, _V]] = ()) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: _K) -> _V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[_K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+@dataclass(frozen=True)
+class OomSteps:
+    """How often each step of the out-of-memory ladder was taken."""
+
+    reap: int = 0
+    """Buffers whose queued work had finished were looked for."""
+    trim: int = 0
+    """Idle memory was freed."""
+    demote: int = 0
+    """Buffers of a hierarchical pool were sent to the tiers below."""
+    collect: int = 0
+    """Python's garbage collector was run."""
+    flush: int = 0
+    """The frees that Numba had put off were carried out."""
+    callback: int = 0
+    """`on_oom` was called."""
+    failed: int = 0
+    """Nothing helped, and TierFullError was raised."""
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What a pool holds and has done, at one moment.
+
+    ``in_use + idle + pending == reserved`` holds in every snapshot, for bytes and for counts, and
+    ``exact_hits + class_hits + misses == allocations``.
+    """
+
+    reserved_bytes: int
+    """Memory taken from the driver and not yet given back."""
+    in_use_bytes: int
+    """Leased."""
+    idle_bytes: int
+    """Ready to be leased again, possibly after a stream's wait."""
+    pending_bytes: int
+    """Released, but queued work, an open capture or a live graph still uses it."""
+    peak_bytes: int
+    """Most `reserved_bytes` so far. What was most in use within some work, a scope of ``pool.statistics()`` tells."""
+    peak_count: int
+    """Most `reserved_count` so far."""
+    reserved_count: int
+    in_use_count: int
+    idle_count: int
+    pending_count: int
+    waste_bytes: int
+    """Part of `reserved_bytes` that rounding to size classes added."""
+    allocations: int
+    """Leases so far."""
+    allocated_bytes: int
+    """Bytes of all leases so far, capacity counted."""
+    exact_hits: int
+    """Leases served by an idle buffer of the same spec."""
+    class_hits: int
+    """Leases served by an idle buffer of another spec of the same size class."""
+    misses: int
+    """Leases that needed the driver."""
+    stream_waits: int
+    """Leases for which one stream was made to wait for another."""
+    lost: int
+    """Buffers dropped without release, and reclaimed."""
+    freed: int
+    """Buffers given back to the driver."""
+    lost_streams: int
+    """Releases whose stream could not be marked any more, so that the host waited for the device instead."""
+    oom: OomSteps = field(default_factory=OomSteps)
+    reserved_by_tier: Mapping[Tier, int] = field(default_factory=Frozen)
+
+    @property
+    def hit_rate(self) -> float:
+        """Part of the leases that needed no driver call, 1.0 before the first."""
+        return 1.0 - self.misses / self.allocations if self.allocations else 1.0
+
+    def _repr_html_(self) -> str:
+        use = {"in use": self.in_use_bytes, "pending": self.pending_bytes, "idle": self.idle_bytes}
+        tiers = {tier.value: amount for tier, amount in self.reserved_by_tier.items() if amount}
+        return html.card(
+            type(self).__name__, html.bar(use, unit="bytes"), html.bar(tiers, unit="bytes") if len(tiers) > 1 else "",
+            html.fields(self), html.fields(self.oom) if any(vars(self.oom).values()) else "",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HierarchyStats(PoolStats):
+    """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
+
+    promotions: int = 0
+    """Buffers brought up: to device memory, or to managed memory where an address there was taken."""
+    demotions: int = 0
+    """Buffers sent from it, or from managed memory, downwards."""
+    clean_demotions: int = 0
+    """Those of them that had a copy below already, so that nothing had to be copied."""
+    in_place: int = 0
+    """Uses of a buffer that stayed outside device memory."""
+    refused: int = 0
+    """Those of them that the policy would not have evict others."""
+    launches: int = 0
+    """Batches of copies, one kernel launch each."""
+    moved_bytes: int = 0
+    settled: int = 0
+    """Managed allocations whose pages the driver keeps on the host; others it migrates on access."""
+    buffers_by_tier: Mapping[Tier, int] = field(default_factory=Frozen)
+    """Leased buffers by the tier that their contents are in."""
+
+
+@dataclass(frozen=True)
+class ScopeStats:
+    """What happened within one ``with pool.statistics()``.
+
+    `current` is net: buffers leased inside minus buffers released inside, so a scope that only releases goes below 0.
+    """
+
+    current_bytes: int
+    peak_bytes: int
+    total_bytes: int
+    current_count: int
+    peak_count: int
+    total_count: int
+
+    def _repr_html_(self) -> str:
+        return html.card("ScopeStats", html.fields(self))
+
+
+class Scope:
+    """Counts the leases of a pool while it is open; made by ``pool.statistics()``.
+
+    Notes
+    -----
+    Threads: the pool calls `add` and `remove` under its lock, and they count the leases of every thread.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = self._count = 0
+        self._peak_bytes = self._peak_count = 0
+        self._total_bytes = self._total_count = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count a lease."""
+        self._bytes += nbytes
+        self._count += 1
+        self._total_bytes += nbytes
+        self._total_count += 1
+        self._peak_bytes = max(self._peak_bytes, self._bytes)
+        self._peak_count = max(self._peak_count, self._count)
+
+    def remove(self, nbytes: int) -> None:
+        """Count the end of a lease."""
+        self._bytes -= nbytes
+        self._count -= 1
+
+    def resize(self, nbytes: int) -> None:
+        """Count the change in capacity of a leased buffer."""
+        self._bytes += nbytes
+        self._peak_bytes = max(self._peak_bytes, self._bytes)
+
+    def stats(self) -> ScopeStats:
+        """Return the counts so far; after the scope's end, its final ones."""
+        return ScopeStats(
+            self._bytes, self._peak_bytes, self._total_bytes, self._count, self._peak_count, self._total_count
+        )
+
+    def __repr__(self) -> str:
+        return f"<Scope {self.stats()}>"
+
+
+EVENT_KINDS = ("exact_hit", "class_hit", "miss", "release", "lost", "grow", "free")
+EVENT_DTYPE = np.dtype(
+    [
+        ("time_ns", np.int64),
+        ("kind", np.uint8),
+        ("tier", np.uint8),
+        ("address", np.uint64),
+        ("nbytes", np.int64),
+        ("generation", np.int64),
+        ("thread", np.uint64),
+    ]
+)
+"""One record of the ring: when (`time.perf_counter_ns`), what (index into `EventRing.KINDS`), index of the tier among
+`Tier`, address, capacity, the block's generation, and the identifier of the calling thread."""
+
+
+class EventRing:
+    """The last `capacity` events of a pool, in one structured NumPy array.
+
+    Parameters
+    ----------
+    capacity
+        Number of records kept, >= 1.
+
+    Notes
+    -----
+    Threads: the pool calls `add` under its lock. Memory: 49 bytes a record, taken once.
+    """
+
+    KINDS = EVENT_KINDS
+    _KIND = {name: i for i, name in enumerate(EVENT_KINDS)}
+    _TIER = {tier: i for i, tier in enumerate(Tier)}
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 1:
+            raise ValueError(f"an event ring of {capacity} records was asked for: give at least 1")
+        self._records = np.zeros(capacity, EVENT_DTYPE)
+        self.count = 0
+        """Events so far; those beyond the capacity were overwritten."""
+
+    def add(self, kind: str, tier: Tier, address: int, nbytes: int, generation: int) -> None:
+        """Record one event."""
+        self._records[self.count % len(self._records)] = (
+            time.perf_counter_ns(), self._KIND[kind], self._TIER[tier], address, nbytes, generation,
+            threading.get_ident(),
+        )  # fmt: skip
+        self.count += 1
+
+    def snapshot(self) -> np.ndarray:
+        """Return the kept records, oldest first: shape (min(count, capacity),), dtype `EVENT_DTYPE`."""
+        size = len(self._records)
+        if self.count <= size:
+            return self._records[: self.count].copy()
+        return np.roll(self._records, -(self.count % size))
+
+
+class Watch:
+    """All that watches one pool's memory: open scopes, the event ring, and in debug mode where each lease was made.
+
+    Parameters
+    ----------
+    events
+        Capacity of the ring; 0 for none.
+
+    Attributes
+    ----------
+    debug : bool
+        Whether NUMBABUF_DEBUG was on.
+    ring : EventRing or None
+    """
+
+    def __init__(self, events: int = 0) -> None:
+        self.debug = config.enabled("NUMBABUF_DEBUG")
+        self.ring = EventRing(events) if events else None
+        self._scopes: list[Scope] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether anybody watches."""
+        return bool(self._scopes) or self.ring is not None or self.debug
+
+    def open(self, scope: Scope) -> None:
+        """Have `scope` count from here on."""
+        self._scopes.append(scope)
+
+    def close(self, scope: Scope) -> None:
+        """Have `scope` count no more; one that never began to is no error."""
+        self._scopes = [each for each in self._scopes if each is not scope]
+
+    def moved(self, source: Any, target: Any) -> None:
+        """Note that a leased buffer went to another block: its capacity from here on. Holds the pool's lock."""
+        for scope in self._scopes:
+            scope.resize(target.nbytes - source.nbytes)
+
+    def tell(self, kind: str, block: Any, *, lease: bool = True) -> None:
+        """Note that something of `EVENT_KINDS` happened to a `memory.Block`. Holds the pool's lock.
+
+        lease: whether it is a user's doing; a move takes memory and gives it back, and no scope counts that.
+        """
+        if not lease:
+            pass
+        elif kind in ("exact_hit", "class_hit", "miss"):
+            for scope in self._scopes:
+                scope.add(block.nbytes)
+            if self.debug:
+                block.site = caller()
+        elif kind in ("release", "lost"):
+            for scope in self._scopes:
+                scope.remove(block.nbytes)
+        if self.ring is not None:
+            self.ring.add(kind, block.tier, block.address, block.nbytes, block.generation)
+
+
+def caller() -> str:
+    """Return the file and line of the first frame outside numbabuf."""
+    frame, _ = outside()
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+@dataclass(frozen=True)
+class ManagerStats:
+    """What a manager did, at one moment.
+
+    Attributes
+    ----------
+    steps : int
+        Steps staged: replays, fills and eager steps; a step that was split counts once a piece.
+    live_tokens, padded_tokens : int
+        Tokens given, and tokens that the buckets they ran in hold.
+    buckets : dict of int to int
+        Padded number of tokens -> steps that ran in it.
+    overflows : int
+        Steps larger than the largest bucket that were run all the same, in pieces or without a graph.
+    ring_waits : int
+        Times the host waited for a staging block.
+    graphs : int
+        Captured graphs that are live.
+    arena_bytes, ring_bytes : int
+        Device memory of the slots, pinned memory of the staging ring.
+    bucket_tokens : dict of int to int
+        Padded number of tokens -> live tokens of the steps that ran in it.
+    """
+
+    steps: int
+    live_tokens: int
+    padded_tokens: int
+    buckets: dict[int, int]
+    overflows: int
+    ring_waits: int
+    graphs: int
+    arena_bytes: int
+    ring_bytes: int
+    bucket_tokens: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def padding(self) -> float:
+        """Padded tokens over live tokens, less one: 0.25 is a quarter of padding."""
+        return self.padded_tokens / self.live_tokens - 1 if self.live_tokens else 0.0
+
+    def padding_rows(self) -> list[tuple[int, int, int, float]]:
+        """Return (bucket, steps, live tokens, padding in % of the live tokens) for each bucket that a step ran in."""
+        rows = []
+        for bucket, steps in self.buckets.items():
+            live = self.bucket_tokens.get(bucket, 0)
+            rows.append((bucket, steps, live, round(100.0 * (bucket * steps / live - 1), 1) if live else 0.0))
+        return rows
+
+    def _repr_html_(self) -> str:
+        tokens = {"live": self.live_tokens, "padding": self.padded_tokens - self.live_tokens}
+        return html.card(
+            f"ManagerStats: steps {self.steps:,}, padding {100 * self.padding:.1f} %", html.bar(tokens),
+            html.table(["bucket", "steps", "live tokens", "padding %"], self.padding_rows()),
+            html.bar({"slots (device)": self.arena_bytes, "ring (pinned)": self.ring_bytes}, unit="bytes"),
+            html.fields(self),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PredictionStats:
+    """How a predictive manager's predictions did, at one moment.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Steps whose size was, or was not, among those last forecast; none are counted before the first forecast. Those
+        refused for their size count too, those of no tokens do not.
+    unserved : int
+        Steps for which no captured graph was large enough, or no bucket where they were staged alone: refused, split,
+        or run without a graph.
+    warmed, warmed_unused : int
+        Graphs captured ahead of need, and those of them that no step has used, or had used when they were closed.
+    closed : int
+        Graphs taken out of service because the plan no longer wanted them, or wanted others more.
+    failures : int
+        Prewarmings that failed and left everything as it was.
+    graph_bytes, reserved_bytes : int
+        Device bytes that prewarmed graphs took, as far as the driver tells, until they are closed, and bytes of the
+        buffers reserved ahead of need, until the pool was trimmed of them.
+    padding : float
+        As `ManagerStats.padding`.
+    refits : int
+        Times the bucket list was reconsidered.
+    capture_seconds, model_seconds : float
+        Time spent capturing ahead of need, and learning and forecasting.
+    """
+
+    hits: int
+    misses: int
+    unserved: int
+    warmed: int
+    warmed_unused: int
+    closed: int
+    failures: int
+    graph_bytes: int
+    reserved_bytes: int
+    padding: float
+    refits: int
+    capture_seconds: float
+    model_seconds: float
+
+    def _repr_html_(self) -> str:
+        return html.card(
+            "PredictionStats", html.bar({"hits": self.hits, "misses": self.misses}), html.fields(self)
+        )  # fmt: skip

@@ -1,0 +1,677 @@
+"""The memory of one pool: taken from the driver within limits, leased, waited for, idle, and given back.
+
+What both pools are made of. It hands out tickets, not leases, and makes no room by itself: who asks is told that there
+is none, and may climb the `ladder`. Sits above `ordering` and `shelves`, below `ladder` and `pool`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .. import _cuda
+from ..errors import BackendError, CaptureError, ClosedError
+from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, same_memory, size_class
+from .ordering import StreamOrder
+from .shelves import Shelves, pop_fitting, same_class
+from .spec import BufferSpec, Tier
+from .stats import Watch
+
+__all__ = ["Store"]
+
+_log = logging.getLogger("numbabuf")
+
+
+class Store:
+    """All blocks of one pool and what becomes of them.
+
+    Parameters
+    ----------
+    ledger
+        The account, with the limits.
+    owner
+        Returns the pool, or None when that is gone; entries find their pool by it.
+    reuse
+        As in `SimpleBufferPool`.
+    events
+        Capacity of the event ring, 0 for none.
+
+    Attributes
+    ----------
+    lock : threading.RLock
+        Guards everything here but the ends of the shelves' `ready` lines. It can be taken again by its holder: the
+        collector may run a user's finaliser that releases an entry.
+    closed : str
+        Why there are no leases any more; empty while there are.
+    blocks : dict of Block to Alarm
+        All there are.
+    device : int or None
+        What they are on: the device that was current when the first was made.
+    life : Lifetime or None
+        That of the context they are in.
+    counts : dict of str to int
+        Of `stats.PoolStats`, what is counted here.
+
+    Notes
+    -----
+    A block is in one place at a time: its ticket is with a leaseholder; on a shelf; pending, released with marks that
+    are not reached and that the next user cannot be put behind; or parked, released in a capture or under a live graph.
+    Or its ticket died, and its alarm is among the lost.
+    Threads: a method takes the lock by itself, but where it says "Lock held" its caller has it.
+    """
+
+    def __init__(self, ledger: Ledger, owner: Callable[[], Any], *, reuse: str = "wait", events: int = 0) -> None:
+        self.closed = ""
+        self.watch = Watch(events)
+        self._owner = owner
+        self.life: _cuda.Lifetime | None = None
+        self._begin(ledger, StreamOrder(reuse))
+
+    def _begin(self, ledger: Ledger, order: StreamOrder) -> None:
+        """Start without any memory."""
+        self.lock = threading.RLock()
+        self.ledger = ledger
+        self.order = order
+        self.shelves = Shelves()
+        self.blocks: dict[Block, Alarm] = {}
+        self.counts = dict.fromkeys(("class_hits", "misses", "lost", "freed"), 0)
+        self.past_leases = self.past_bytes = 0  # of blocks that were freed
+        self.peak_count = 0
+        self.device: int | None = None
+        self._pending: dict[Any, deque[Ticket]] = {}  # by the stream that released them, oldest left
+        self._parked: list[Ticket] = []
+        self._lost: deque[Alarm] = deque()  # those that went off
+        self.set_hot()
+
+    # ---------------------------------------------------------------------------------------------------- out and back
+
+    def find(self, spec: BufferSpec, stream: Any) -> tuple[Ticket | None, str]:
+        """Take an idle buffer that serves `spec` on `stream`, and say how it was found. Lock held."""
+        here = _cuda.open_capture()
+        ticket = None if here is None else self._take_captured(spec, stream, here.stream)
+        if ticket is not None:
+            return self._shaped(ticket, spec, stream)
+        for attempt in range(2):
+            shelf = self.shelves.by_spec.get(spec)
+            ticket = None if shelf is None else self.order.take(shelf, spec.size_bytes, stream)
+            if ticket is not None:
+                return ticket, "exact_hit"
+            if attempt == 0 and not self.settle():
+                break
+        for other in self.shelves.kin(spec):
+            ticket = self.order.take(other, spec.size_bytes, stream)
+            if ticket is not None:
+                return self._shaped(ticket, spec, stream)
+        return None, "miss"
+
+    def _shaped(self, ticket: Ticket, spec: BufferSpec, stream: Any) -> tuple[Ticket, str]:
+        """Give a buffer in hand the shape of `spec`, and say what kind of hit that is. Lock held."""
+        block = ticket.block
+        if block.spec == spec:
+            return ticket, "exact_hit"
+        before = block.spec
+        try:
+            block.become(spec)
+            block.home = self.shelves.enter(spec).ready.append
+            self.shelves.leave(before)
+        except BaseException:
+            block.users = () if stream is None else (stream,)
+            self._park(ticket)
+            raise
+        return ticket, "class_hit"
+
+    def _take_captured(self, spec: BufferSpec, stream: Any, captured: Any) -> Ticket | None:
+        """Take what was leased and released in captures of one stream, for another lease in such a capture. Lock held.
+
+        The graphs of one stream never run at once, so they share their temporaries; nobody else gets one while any of
+        those graphs lives.
+        """
+        if stream is not None and stream is not captured:
+            return None
+        found = None
+        for ticket in self._parked:
+            block = ticket.block
+            if (
+                block.captured is captured and block.tier is spec.tier and block.nbytes >= spec.size_bytes
+                and all(user is captured for user in block.users)
+                and (block.spec == spec or same_class(block.spec, spec))
+            ):  # fmt: skip
+                found = ticket
+                if block.spec == spec:
+                    break
+        if found is not None:
+            self._parked.remove(found)
+            found.placed = False
+            found.block.users = ()
+        return found
+
+    def lease(self, ticket: Ticket, kind: str, stream: Any) -> None:
+        """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
+        block = ticket.block
+        block.generation += 1
+        here = _cuda.open_capture()
+        block.captured = None if here is None else here.stream
+        if here is not None:
+            block.plain = False  # its release must find out whether it is in the capture
+            if stream is None and block.tier is Tier.DEVICE:
+                stream = here.stream  # nothing can be launched on another there
+        if stream is not None:
+            block.users = (stream,)
+            block.plain = False
+        if kind == "miss":
+            self.counts["misses"] += 1
+        elif kind == "class_hit":
+            self.counts["class_hits"] += 1
+        if not self._hot:
+            block.plain = False
+            self.watch.tell(kind, block)
+
+    def release(self, ticket: Ticket, stream: Any) -> None:
+        """End a lease, whose last work is on `stream`; on an error it goes on as before."""
+        block = ticket.block
+        with self.there(), self.lock:
+            users = block.users
+            if stream is not None:
+                self.refuse_elsewhere(stream)
+                refuse_captured(stream)
+            for user in users:
+                if not self._captured_by_us(user):
+                    refuse_captured(user)
+            if stream is not None:
+                block.add_user(stream)
+            try:
+                self.put_back(ticket)
+            except BaseException:
+                if not ticket.placed:  # as in `put_back`
+                    block.users = users
+                raise
+            if not self._hot:
+                self.watch.tell("release", block)
+
+    def there(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
+        return contextlib.nullcontext() if self.device is None else _cuda.on_device(self.device)
+
+    def refuse_elsewhere(self, stream: Any) -> None:
+        """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""
+        if _cuda.device_count() > 1:
+            mine = _cuda.device_id() if self.device is None else self.device
+            if stream.device != mine:
+                raise BackendError(
+                    f"a stream of device {stream.device} was given to {self._owner()!r}, whose memory is on device "
+                    f"{mine}: use a stream of that device, or a pool for each device"
+                )
+
+    @staticmethod
+    def _captured_by_us(stream: Any) -> bool:
+        """Whether numbabuf captures a stream, in whatever thread: what that graph reads is known, and stays."""
+        return any(capture.stream.handle == stream.handle for capture in list(_cuda.captures.values()))
+
+    def flush(self) -> None:
+        """Carry out the frees that Numba has put off on the device of the memory."""
+        with self.there():
+            _cuda.flush_pending_frees()
+
+    def retire(self, ticket: Ticket) -> None:
+        """Give up memory that a move took, without fail: what cannot be marked now is tried again later. Lock held."""
+        ticket.block.plain = False
+        try:
+            self.put_back(ticket)
+        except Exception:
+            self._park(ticket)
+        if not self._hot:
+            self.watch.tell("release", ticket.block, lease=False)
+
+    def _park(self, ticket: Ticket) -> None:
+        """Put a buffer aside, to be put back later. Lock held."""
+        ticket.placed = True
+        self._parked.append(ticket)
+
+    def _bound(self, block: Block) -> bool:
+        """Whether a graph or an open capture, of whatever thread, may still use a released block."""
+        users = block.users if block.captured is None else (*block.users, block.captured)
+        return block.pinned_by_graph or self.order.captured(users)
+
+    def put_back(self, ticket: Ticket) -> None:
+        """Put a released buffer where its users and the captures allow. Lock held.
+
+        Once it is placed, nobody else may keep the ticket: an error or interrupt from then on does not undo a release.
+        """
+        block = ticket.block
+        here = _cuda.open_capture()
+        bound = here is not None or self._bound(block)
+        if here is None or block.captured is not here.stream:
+            block.captured = None
+        if bound:
+            self._park(ticket)
+            return
+        marked = self.order.mark_users(block)
+        if marked and self.closed:
+            self.order.wait(block)  # nobody would come to look whether it is done
+            marked = False
+        block.plain = self._hot
+        ticket.placed = True
+        if not marked:
+            self.go_home(ticket)
+            return
+        handle = line_of(block.events[-1][0])  # the stream that released it
+        if block.tier is not Tier.DEVICE or self.order.reuse == "done":
+            self._pending.setdefault(handle, deque()).append(ticket)
+        else:
+            shelf = self.shelves.of(block.spec)
+            shelf.ordered.setdefault(handle, deque()).append(ticket)
+
+    def go_home(self, ticket: Ticket) -> None:
+        """Put a buffer that needs no mark on its shelf, or free it if the pool is closed. Lock held."""
+        if self.closed:
+            self.free(ticket)
+            self.order.spare.clear()  # as in `close`
+        else:
+            ticket.block.home(ticket)
+
+    def settle(self) -> bool:
+        """Bring home what was lost, parked or pending and is free by now; whether anything was. Lock held.
+
+        In a closed pool, home is the driver.
+        """
+        if _cuda.capturing() or not (self._lost or self._parked or self._pending or self.closed):
+            return False
+        with self.there():
+            return self._settle()
+
+    def _settle(self) -> bool:
+        if self._pending:
+            _cuda.require()
+        moved = self._reclaim()
+        for ticket in list(self._parked):
+            # Taken before anything is done with it: a finaliser that runs meanwhile may call the pool, and settle, too.
+            if not self._bound(ticket.block) and ticket in self._parked:
+                self._parked.remove(ticket)
+                ticket.placed = False
+                try:
+                    self.put_back(ticket)
+                except BaseException:
+                    if not ticket.placed:
+                        self._park(ticket)
+                    raise
+                moved = True
+        for handle in list(self._pending):
+            moved |= self._settle_line(handle)
+            if not self._pending.get(handle, True):
+                del self._pending[handle]
+        if self.closed:  # a plain release takes no lock, and may have come to its shelf behind the close
+            self.free_idle(self.ledger.total, tuple(Tier))
+        return moved
+
+    def _settle_line(self, handle: Any) -> bool:
+        """Bring home what is done of one stream's pending buffers, which finish in order."""
+        moved = False
+        while line := self._pending.get(handle):
+            ticket = line.popleft()  # as above; and the line, empty now, may be dropped meanwhile
+            block, done = ticket.block, False
+            try:
+                done = self.order.done(block)
+            finally:
+                if not done:
+                    self._pending.setdefault(handle, deque()).appendleft(ticket)
+            if not done:
+                break
+            moved = True
+            block.clean_at = block.generation
+            self.order.forget_marks(block)
+            self.go_home(ticket)
+        return moved
+
+    def _reclaim(self) -> bool:
+        """Take back the blocks whose tickets died, and report each."""
+        found = False
+        while self._lost:
+            block = self._lost.popleft().block
+            self._park(self._issue(block))  # first, as the log is anybody's code; `settle` puts it back
+            found = True
+            self.counts["lost"] += 1
+            _log.warning(
+                "%s was dropped without release%s; it was reclaimed. Release each entry, or use it in a with statement",
+                block.spec, f" (allocated at {block.site})" if block.site else "",
+            )  # fmt: skip
+            self.tell("lost", block)
+        return found
+
+    def finish_pending(self) -> None:
+        """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
+        with self.there(), self.lock:
+            for line in list(self._pending.values()):
+                for ticket in list(line):
+                    self.order.wait(ticket.block)
+            self.settle()
+
+    # ------------------------------------------------------------------------------------------- the driver and back
+
+    def grow(self, spec: BufferSpec) -> Ticket:
+        """Take one block from the driver: reserved before the call, and given back if it fails.
+
+        Raises
+        ------
+        ClosedError, BackendError, TierFullError
+            The pool is closed; another device is current than that of its memory; the block does not fit the limit.
+        Exception
+            What the driver says.
+        """
+        exact = max(1, spec.size_bytes)
+        nbytes = size_class(exact)
+        with self.lock:
+            self.refuse_closed()
+            self.device = _cuda.one_device(self.device, self._owner())
+            self.life = _cuda.lifetime()
+            self.life.holders.add(self)
+            room = self.ledger.room(spec.tier)
+            if room is not None and exact <= room < nbytes:
+                nbytes = exact  # rounding is not worth a refusal
+            self.ledger.promise(spec.tier, nbytes)
+        kept = False
+        try:
+            block = Block(spec, nbytes)
+            with self.lock:  # an interrupt may come while it is waited for
+                self.ledger.keep(spec.tier, nbytes)
+                kept = True
+                ticket = self._issue(block)
+                self.peak_count = max(self.peak_count, len(self.blocks))
+                block.pool = self._owner
+                block.home = self.shelves.enter(spec).ready.append
+                self.tell("grow", block)
+                return ticket
+        except BaseException:
+            if not kept:
+                with self.lock:
+                    self.ledger.withdraw(spec.tier, nbytes)
+            raise
+
+    def try_to_grow(self, spec: BufferSpec) -> Ticket | None:
+        """Grow; None where there is no room.
+
+        The error that says so ends here. One that is kept in a local of a frame that it passed through makes a cycle,
+        error -> traceback -> frame, and the memory of freed blocks then lives until the collector runs.
+        """
+        try:
+            return self.grow(spec)
+        except Exception as error:
+            if not _cuda.is_out_of_memory(error):
+                raise
+        return None
+
+    def grow_or_trim(self, spec: BufferSpec) -> Ticket | None:
+        """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
+        found = self.try_to_grow(spec)
+        if found is None:
+            self.make_room(spec.tier, max(1, spec.size_bytes))
+            self.flush()
+            found = self.try_to_grow(spec)
+        return found
+
+    def reserve(self, specs: list[BufferSpec]) -> list[BufferSpec]:
+        """Have an idle buffer for each of `specs`, free for any stream; return those that do not fit.
+
+        If there are any, or on an error, what was taken from the driver for this is freed again.
+        """
+        held: list[Ticket] = []
+        missing = []
+        with self.lock:
+            self.settle()
+            for spec in specs:
+                shelf = self.shelves.by_spec.get(spec)
+                ticket = None if shelf is None else pop_fitting(shelf.ready, spec.size_bytes)
+                if ticket is None:
+                    missing.append(spec)
+                else:
+                    held.append(ticket)
+        made: list[Ticket] = []
+        refused: list[BufferSpec] = []
+        try:
+            unsure = [ticket.block for ticket in held if ticket.block.tier is Tier.DEVICE and not ticket.block.clean]
+            if unsure:
+                with self.there():
+                    self.order.default.synchronize()
+                for block in unsure:
+                    block.clean_at = block.generation
+            for spec in missing:
+                found = self.grow_or_trim(spec)
+                if found is None:
+                    refused.append(spec)
+                else:
+                    made.append(found)
+        except BaseException:
+            refused = missing
+            raise
+        finally:
+            with self.there(), self.lock:
+                for ticket in held:
+                    self.go_home(ticket)
+                for ticket in made:
+                    if refused:
+                        self.free(ticket)
+                    else:
+                        self.go_home(ticket)
+        return refused
+
+    def make_room(self, tier: Tier, nbytes: int) -> int:
+        """Free idle memory to make room in a tier: what its limit lacks, or all there if it is the driver that is full.
+
+        Returns the bytes freed.
+        """
+        with self.lock:
+            room = self.ledger.room(tier)
+            if room is not None and room < nbytes:
+                freed = self.free_idle(nbytes - room, self.ledger.sharing(tier))
+            else:
+                freed = self.free_idle(self.ledger.total, same_memory(tier))
+        if freed:
+            self.flush()
+        return freed
+
+    def free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
+        """Free idle blocks until `nbytes` are freed or none is left. Lock held; no capture is open."""
+        with self.there():
+            return self._free_idle(nbytes, tiers)
+
+    def _free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
+        freed = 0
+        synchronised = False
+        for shelf in self.shelves:
+            while freed < nbytes and shelf.spec.tier in tiers:
+                found = shelf.pop_idle()
+                if found is None:
+                    break
+                ticket, line = found
+                block = ticket.block
+                try:
+                    _cuda.require()
+                    if shelf.spec.tier is Tier.DEVICE and not block.events and not synchronised:
+                        self.order.default.synchronize()
+                        synchronised = True
+                    self.order.wait(block)
+                except BaseException:
+                    line.appendleft(ticket)
+                    raise
+                freed += block.nbytes
+                self.free(ticket)
+        return freed
+
+    def free(self, ticket: Ticket) -> None:
+        """Give a block back to the driver. Lock held."""
+        block = ticket.block
+        _cuda.require()  # Numba frees in the thread that drops the last reference
+        self.order.forget_marks(block)
+        del self.blocks[block]
+        self.ledger.give_back(block.tier, block.nbytes)
+        self.past_leases += block.generation
+        self.past_bytes += block.generation * block.nbytes
+        self.counts["freed"] += 1
+        self.shelves.leave(block.spec)
+        self.tell("free", block)
+
+    def _issue(self, block: Block) -> Ticket:
+        """Make the one ticket of a block, and see to it that its loss is noticed."""
+        ticket = Ticket(block)
+        self.blocks[block] = Alarm.watch(ticket, self._lost.append)
+        return ticket
+
+    # ------------------------------------------------------------------------------------------- open, watched, closed
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Hold the lock to end what was begun: an interrupt of the wait for it is raised when that is done."""
+        held = False
+        try:
+            with self.lock:
+                held = True
+                yield
+        except BaseException:
+            if not held:
+                with self.lock:  # an interrupt of this wait comes through: somebody insists
+                    yield
+            raise
+
+    def set_hot(self) -> None:
+        """Send every lease by the locked way while somebody watches or the pool is closed, else let hits go past it."""
+        with self.lock:
+            # Where each thread has a default stream of its own, a lease without a stream is on that: never plain.
+            self._hot = not self.watch.active and not self.closed and not _cuda.PER_THREAD
+            self.shelves.serve(self._hot)
+            if not self._hot:
+                for block in list(self.blocks):
+                    block.plain = False
+            # else: a block becomes plain at its next release, which looks at its users and its graphs
+
+    def tell(self, kind: str, block: Block) -> None:
+        """Tell those who watch what happened to a block. Lock held."""
+        if not self._hot:
+            self.watch.tell(kind, block)
+
+    def close(self, reason: str) -> int:
+        """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
+        with self.there(), self.lock:
+            self.settle()
+            before = self.ledger.total
+            self.closed = self.closed or reason
+            self.set_hot()
+            self.finish_pending()
+            # Here and now: what dies in a cycle Numba destroys in whatever thread the collector runs, context or none.
+            self.order.spare.clear()
+            return before - self.ledger.total
+
+    def refuse_closed(self) -> None:
+        """Raise ClosedError if the pool is closed."""
+        if self.closed:
+            raise ClosedError(self.closed)
+
+    @staticmethod
+    def refuse_capture(what: str) -> None:
+        """Raise CaptureError if this thread has a capture open."""
+        if _cuda.capturing():
+            raise CaptureError(f"{what} frees memory, which a capture forbids: call it before or after the capture")
+
+    # ------------------------------------------------------------------------------------------------------- looking on
+
+    def idle(self) -> list[Ticket]:
+        """Return all idle buffers. Lock held."""
+        return self.shelves.idle()
+
+    def pending(self) -> list[Block]:
+        """Return what is released and comes home when the work on it is done. Lock held."""
+        return [ticket.block for line in self._pending.values() for ticket in line]
+
+    def waiting(self) -> list[Block]:
+        """Return all that is released or lost and not idle yet. Lock held."""
+        return self.pending() + [ticket.block for ticket in self._parked] + [alarm.block for alarm in self._lost]
+
+    def check(self, title: str) -> None:
+        """Assert what holds for all memory at any time; the text of a failure begins with what fails and `title`."""
+        with self.lock:
+            seen: dict[Block, str] = {}
+
+            def place(ticket: Ticket, where: str) -> None:
+                block = ticket.block
+                assert block in self.blocks, f"{block}, {where}, is not the pool's"
+                assert block not in seen, f"{block} is {seen[block]} and {where}"
+                seen[block] = where
+
+            try:
+                for shelf in self.shelves:
+                    for ticket in list(shelf.ready):
+                        place(ticket, f"ready for {shelf.spec}")
+                        assert ticket.block.spec == shelf.spec, f"{ticket.block} is on the shelf of {shelf.spec}"
+                        assert not ticket.block.events, f"{ticket.block} waits on a ready shelf"
+                        assert not ticket.block.users, f"{ticket.block} has users on a ready shelf"
+                        assert not ticket.block.pinned_by_graph, f"{ticket.block} is idle under a live graph"
+                    for line in shelf.ordered.values():
+                        for ticket in line:
+                            place(ticket, f"ordered for {shelf.spec}")
+                            assert ticket.block.events, f"{ticket.block} has no mark to wait for"
+                for line in self._pending.values():
+                    for ticket in line:
+                        place(ticket, "pending")
+                for ticket in self._parked:
+                    place(ticket, "parked")
+                self._check_account()
+            except AssertionError as error:
+                dump = "\n".join(f"  {block}: {seen.get(block, 'leased')}" for block in self.blocks)
+                raise AssertionError(f"{error}\n{title}\n{dump}") from None
+
+    def _check_account(self) -> None:
+        by_tier = dict.fromkeys(Tier, 0)
+        end = 0
+        for block in sorted(self.blocks, key=lambda block: block.address):
+            by_tier[block.tier] += block.nbytes
+            assert block.nbytes >= block.spec.size_bytes, f"{block} is smaller than its spec"
+            assert block.address >= end, f"{block} overlaps the block before it"
+            end = block.address + block.nbytes
+        ledger = self.ledger
+        assert by_tier == ledger.reserved, f"counted {by_tier}, account {ledger.reserved}"
+        assert ledger.total == sum(by_tier.values()), f"total {ledger.total} of {by_tier}"
+        for tier in Tier:
+            room = ledger.room(tier)
+            assert room is None or room >= 0, f"{tier.value} is {-(room or 0)} bytes over its limit"
+
+    def abandon(self) -> None:
+        """Cut the blocks' ties to this store; leased ones stay memory, and nobody will lease them again.
+
+        The shelves refer to themselves through each block's `home`, which would keep the memory until
+        the collector's next run.
+        """
+        for block in getattr(self, "blocks", ()):  # none where `__init__` failed
+            block.plain, block.home, block.pool = False, _discard, _no_pool
+
+    __del__ = abandon
+
+    def context_ended(self) -> None:
+        """Be closed, as the context of the memory is: free nothing, for the driver may give its addresses to others."""
+        self.disown(
+            "the CUDA context of this pool was closed (cuda.close, or a reset of the context or device), and its "
+            "memory is gone with it: make a new pool"
+        )
+
+    def disown(self, reason: str) -> None:
+        """Leave all memory as it is, freeing and reporting nothing, and be closed: it is a parent's, or gone.
+
+        Takes no lock: another thread of the parent may have held it, and will never let it go here.
+        """
+        self.closed = reason
+        self.abandon()
+        self.shelves.serve(False)
+        _inherited.append(dict(vars(self)))
+        self._begin(Ledger(None, None), StreamOrder(self.order.reuse))
+
+
+_inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it
+
+
+def _no_pool() -> None:
+    """Stand where a block's reference to its pool stood."""
+
+
+def _discard(ticket: Ticket) -> None:
+    """Stand where a block's way home stood."""

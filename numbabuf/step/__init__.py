@@ -1,0 +1,1 @@
+"""One step as one graph launch: slots, staging ring, arena, graphs and `InputBufferManager`. Knows no tiers."""

@@ -1,0 +1,307 @@
+"""The memory behind a set of slots, and the way of a step into it: written into a staging block, then queued.
+
+One device allocation that the slots are carved from, the ring before it, and the table that the fill kernel reads. An
+arena never changes: other slots want another one, which can take over the contents of the last. Knows what a step
+needs to run (`graph.CapturedStep`), not which one serves. Sits above `pool` and `staging`, below `graph`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from .. import _cuda
+from .._cuda import kernels
+from ..errors import BusyError
+from ..pool.pool import BufferPool
+from ..pool.spec import BufferSpec, BufferState, Tier
+from .ring import Block, StagingRing, align
+from .slot import InputSlot
+
+__all__ = ["Arena"]
+
+_log = logging.getLogger("numbabuf")
+
+
+class Arena:
+    """Device memory for `slots`, and `depth` staging blocks.
+
+    Parameters
+    ----------
+    pool : BufferPool
+        Where both allocations come from.
+    slots : tuple of InputSlot
+        Their offsets are set.
+    depth : int
+        Staging blocks.
+    stream : _cuda.Stream
+        Where steps are queued.
+    generation : int
+        Which of its owner's arenas this is; a graph replays over no other.
+    earlier : Arena, optional
+        Its slots are the first of `slots`; what they hold is copied.
+
+    Attributes
+    ----------
+    ring : StagingRing
+    whole : list
+        Each slot's whole device array.
+    slot_bytes, ring_bytes : int
+        What was allocated, device and pinned.
+
+    Raises
+    ------
+    TierFullError
+        The pool has no room; nothing is kept.
+    """
+
+    def __init__(
+        self,
+        pool: BufferPool,
+        slots: tuple[InputSlot, ...],
+        depth: int,
+        stream: Any,
+        generation: int,
+        earlier: Arena | None = None,
+    ) -> None:
+        self.generation = generation
+        self._slots = slots
+        self._groups = _groups(slots)
+        self._stream = stream
+        self._core = stream.core
+        words = kernels.HEAD + kernels.ROW * max(1, len(slots))
+        offset = align(words * kernels.WORD)
+        for slot in slots:
+            slot.target_offset = offset
+            offset += align(slot.spec.size_bytes)
+        self.slot_bytes = offset
+        self.ring_bytes = StagingRing.nbytes(slots, depth)
+        with contextlib.ExitStack() as undo:
+            # With the stream, in both: the pool must order what runs here behind whatever an earlier lease of the
+            # memory has queued, and a later lease behind the steps of an owner that was dropped without `release`.
+            self._device = pool.allocate(BufferSpec(self.slot_bytes, "uint8", Tier.DEVICE), stream=stream)
+            undo.callback(self._device.release)
+            self._pinned = pool.allocate(BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream)
+            undo.callback(self._pinned.release)
+            self._memory = self._device.array
+            self._table_address = _cuda.address(self._memory)
+            self._table = _cuda.device_view(self._memory, 0, (words,), np.dtype(np.int64))
+            self.whole = list(self.views(tuple(slot.capacity for slot in slots)).values())
+            self.ring = StagingRing(self._pinned.array, slots, depth, stream)
+            _cuda.zero(self._memory, stream)
+            if earlier is not None:
+                for old, new in zip(earlier.whole, self.whole, strict=False):
+                    _cuda.copy(new, old, stream)
+            self._write_table()
+            # A fill of nothing: compiles and loads the kernel, which no capture may do.
+            block = self.ring.acquire()
+            for slot in slots:
+                slot.describe(block.words, 0, slot.width, 0)
+            self.launch_fill(stream, (0,) * len(slots))
+            self.ring.advance()
+            stream.synchronize()
+            undo.pop_all()
+
+    def views(self, rows: tuple[int, ...]) -> dict[str, Any]:
+        """Return device views of the first `rows` of every slot, by name."""
+        return {
+            slot.name: _cuda.device_view(self._memory, slot.target_offset, (n, *slot.spec.shape[1:]), slot.spec.dtype)
+            for slot, n in zip(self._slots, rows, strict=True)
+        }
+
+    # ------------------------------------------------------------------------------------------------------- a step
+
+    def write(self, block: Block, inputs: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]) -> int:
+        """Check `inputs` and write them into `block`, for slots padded to `padded` rows.
+
+        Parameters
+        ----------
+        block
+            What `ring.acquire` gave.
+        inputs
+            Host arrays by slot name; other names are left alone.
+        live
+            Sizes of the step, per axis.
+
+        Returns
+        -------
+        found : int
+            How many of the inputs are slots.
+        """
+        # Hot path, guarded by benchmarks/step.py. Slots of one length share its shape and slice.
+        words, staged = block.words, block.staged
+        same = block.padded is padded
+        block.padded = None
+        found = 0
+        if type(inputs) is not dict and not isinstance(inputs, Mapping):
+            raise _no_mapping(inputs)  # a queue has a `get` too
+        get = inputs.get
+        for axis, extra, room, slots in self._groups:
+            rows = live[axis] + extra if axis >= 0 else extra
+            shape = (rows,) if rows <= room else None
+            cut = slice(rows)
+            for slot in slots:
+                data = get(slot.name)
+                position = slot.position
+                if data is None:
+                    slot.describe(words, 0, slot.width, padded[position])
+                    continue
+                found += 1
+                if type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
+                    if slot.checked:
+                        slot.check_range(data)
+                    staged[position][cut] = data
+                    if same:
+                        words[slot.columns_word] = rows  # the padding is as this block's last step left it
+                    else:
+                        slot.describe(words, rows, 1, padded[position])
+                else:
+                    slot.write(words, staged[position], data, rows, padded[position])
+        block.padded = padded
+        return found
+
+    def refuse_others(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse names that are no slot: a replay reads nothing else."""
+        if not isinstance(inputs, Mapping):
+            raise _no_mapping(inputs)
+        static = {slot.name for slot in self._slots}
+        others = [repr(name) for name in inputs if name not in static]
+        if others:
+            raise ValueError(
+                f"input {', '.join(others)} is no static slot, and a replay reads nothing else; "
+                f"there are {', '.join(sorted(static))}"
+            )
+
+    def write_one(self, slot: InputSlot, data: Any, rows: int, padded: int) -> None:
+        """Write the values of one slot into the next block; the others have nothing, and no padding either."""
+        block = self.ring.acquire()
+        block.padded = None
+        slot.write(block.words, block.staged[slot.position], data, rows, padded)
+        for other in self._slots:
+            if other is not slot:
+                other.describe(block.words, 0, other.width, 0)
+
+    def submit(self, target: Any, tokens: int) -> Any:
+        """Queue the step that was written last, its only driver call; returns the result of its function.
+
+        Parameters
+        ----------
+        target : CapturedStep
+            What runs.
+        tokens : int
+            Its live tokens, to count.
+        """
+        # Hot path, guarded by benchmarks/step.py.
+        if target.generation != self.generation:
+            raise BusyError(f"{target!r} was captured over memory that the slots have left; capture it again")
+        try:
+            target.launch_on(self._core)
+            self.ring.advance()  # in here: an interrupt between the two would leave host and device one step apart
+        except BaseException as error:
+            if not _cuda.is_context_error(error):
+                self.resync()
+                raise
+            self._launch_anew(target)
+        target.steps += 1
+        target.live += tokens
+        return target.step.result
+
+    def _launch_anew(self, target: Any) -> None:
+        """Launch from a thread that lost its context, as by leaving ``with cuda.gpus[i]:``; nothing was queued."""
+        try:
+            _cuda.refresh()
+            with _cuda.on_device(self._stream.device):
+                target.launch_on(self._core)
+                self.ring.advance()
+        except BaseException:
+            self.resync()
+            raise
+
+    def launch_fill(self, stream: Any, rows: tuple[int, ...]) -> None:
+        """Queue the fill of the ring's next block on `stream`, in a launch shape that fits the padded `rows`."""
+        largest = max(
+            (n * slot.width * slot.spec.dtype.itemsize for slot, n in zip(self._slots, rows, strict=True)), default=0
+        )
+        blocks, threads = _cuda.launch_shape(-(-largest // 64))  # a thread moves four 16-byte words at a time
+        _cuda.launch(kernels.fill_slots, (blocks, max(1, len(self._slots))), threads, stream, self._table_address)
+
+    def fill(self, rows: tuple[int, ...]) -> None:
+        """Queue the fill of the block that was written last, by itself; `rows` as for `launch_fill`."""
+        try:
+            self.launch_fill(self._stream, rows)
+            self.ring.advance()
+        except BaseException:
+            self.resync()
+            raise
+
+    def _write_table(self) -> None:
+        head = [0] * kernels.HEAD
+        head[kernels.RING_ADDRESS] = self.ring.address
+        head[kernels.BLOCK_BYTES] = self.ring.block_bytes
+        head[kernels.RING_DEPTH] = self.ring.depth
+        head[kernels.RETIRED_ADDRESS] = self.ring.retired_address
+        self._table.copy_to_device(np.array(head + self._rows(), np.int64), stream=self._stream.numba)
+        self._stream.synchronize()
+
+    def _rows(self) -> list[int]:
+        rows = [word for slot in self._slots for word in slot.table_row(self._table_address)]
+        return rows or [0] * kernels.ROW
+
+    def resync(self) -> None:
+        """After a launch that failed: make the host's and the device's count of steps agree again.
+
+        Where that fails too, the next step tries it again, and raises what the driver says.
+        """
+        self.ring.halt(self._recount)
+        try:
+            self._recount()
+        except Exception as error:
+            _log.warning("the staging ring could not be reset after a failed launch: %s", error)
+
+    def _recount(self) -> None:
+        with _cuda.on_device(self._stream.device):
+            self._stream.synchronize()
+            self._write_table()
+            self.ring.reset()
+
+    def release(self) -> None:
+        """Give the memory back to the pool; the owner has waited for the stream and dropped the graphs.
+
+        After an error of the driver it may be called again, for what is left.
+        """
+        for entry in (self._device, self._pinned):
+            if entry.state is not BufferState.FREE:
+                entry.release()
+
+    def check(self) -> None:
+        """Assert that slots do not overlap, and that host and device agree; the owner has waited for the stream."""
+        end = (kernels.HEAD + kernels.ROW * len(self._slots)) * kernels.WORD
+        for slot in self._slots:
+            assert slot.target_offset >= end, f"{slot!r} overlaps what lies before it"
+            end = slot.target_offset + slot.spec.size_bytes
+        assert end <= self.slot_bytes
+        table = self._table.copy_to_host()
+        assert table[kernels.STEP] == self.ring.step, (table[kernels.STEP], self.ring.step)
+        assert table[kernels.DONE] == 0 and self.ring.pending == 0
+        assert table[kernels.HEAD :].tolist() == self._rows(), "the fill table was overwritten"
+
+
+def _no_mapping(inputs: Any) -> TypeError:
+    return TypeError(f"inputs is a {type(inputs).__name__}: give a mapping of slot names to arrays")
+
+
+def _groups(slots: tuple[InputSlot, ...]) -> list[tuple[int, int, int, tuple[InputSlot, ...]]]:
+    """Group the slots by what their length is: (axis, added to it, most rows they all stage, slots).
+
+    A slot that follows no axis has the axis -1 and its own length in place of what is added.
+    """
+    groups: dict[tuple[int, int], list[InputSlot]] = {}
+    for slot in slots:
+        extra = slot.extra if slot.axis_index >= 0 else slot.capacity
+        groups.setdefault((slot.axis_index, extra), []).append(slot)
+    return [(*key, min(slot.max_live for slot in group), tuple(group)) for key, group in groups.items()]

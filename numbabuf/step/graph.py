@@ -1,0 +1,166 @@
+"""A step captured as a graph: what the capturing function sees, and what a replay needs.
+
+Knows one graph at a time; `manager` decides which steps are captured and which graph serves a step. Sits above
+`staging`, below `manager`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .. import _cuda
+from ..errors import CaptureError
+from ..view import html
+
+__all__ = ["CapturedStep", "Recording", "Step"]
+
+
+class Step(Mapping[str, Any]):
+    """A step as the user's function sees it: a mapping from slot names to device views padded to the bucket.
+
+    Attributes
+    ----------
+    stream
+        The Numba stream to launch on: ``kernel[grid, block, step.stream](step["input_ids"], ...)``.
+    bucket : dict
+        Axis -> padded size.
+    result
+        What `replay` returns for this bucket; `capture_buckets` sets it to what the function returned.
+    """
+
+    __slots__ = ("_views", "bucket", "result", "stream")
+
+    def __init__(self, stream: Any, bucket: dict[str, int], views: dict[str, Any]) -> None:
+        self.stream = stream
+        self.bucket = bucket
+        self._views = views
+        self.result: Any = None
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._views[name]
+        except KeyError:
+            raise KeyError(f"{name!r} is no static slot; there are {', '.join(self._views)}") from None
+
+    def __iter__(self) -> Any:
+        return iter(self._views)
+
+    def views(self) -> dict[str, Any]:
+        """Return the views in a dictionary of the caller's own."""
+        return self._views.copy()
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        return f"Step({', '.join(f'{axis}={size}' for axis, size in self.bucket.items())})"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, "x".join(map(str, view.shape)), str(view.dtype)) for name, view in self.items()]
+        return html.card(repr(self), html.table(["slot", "padded shape", "type"], rows))
+
+
+class CapturedStep:
+    """A bucket ready to run: usually a graph of the fill of every slot and then the user's kernels.
+
+    Attributes
+    ----------
+    launch_on
+        Queues one run on a ``stream.core``; None until there is a graph.
+    step : Step
+        Kept because its views are what the graph reads.
+    sizes : tuple of int
+        Padded size per axis, in the manager's order of axes (tokens first).
+    padded : tuple of int
+        Padded rows per static slot.
+    generation : int
+        The manager's memory that the graph was captured over.
+    steps, live : int
+        Runs so far, and the live tokens in them.
+    """
+
+    __slots__ = ("_graph", "generation", "launch_on", "live", "padded", "sizes", "step", "steps")
+
+    def __init__(self, step: Step, sizes: tuple[int, ...], padded: tuple[int, ...], generation: int) -> None:
+        self._graph: Any = None
+        self.launch_on: Any = None
+        self.step = step
+        self.sizes = sizes
+        self.padded = padded
+        self.generation = generation
+        self.steps = 0
+        self.live = 0
+
+    @property
+    def operands(self) -> list[Any]:
+        """What the graph keeps alive: the arguments of every launch and copy in it."""
+        return [] if self._graph is None else self._graph.operands
+
+    def adopt(self, graph: Any) -> None:
+        """Run `graph`, a `_cuda.Graph`, from now on."""
+        self._graph = graph
+        self.launch_on = graph.launch_on
+
+    def close(self) -> None:
+        """Destroy the graph and let its operands go; the caller has waited for its runs."""
+        self.launch_on = None
+        if self._graph is not None:
+            self._graph.close()
+
+    def __repr__(self) -> str:
+        return f"CapturedStep({self.step!r}, {self.steps} runs)"
+
+    def _repr_html_(self) -> str:
+        padding = max(0, self.sizes[0] * self.steps - self.live)
+        return html.card(repr(self), html.bar({"live tokens": self.live, "padding": padding}), self.step._repr_html_())
+
+
+class Recording:
+    """Captures what is queued on a stream inside a ``with`` block into a `CapturedStep`.
+
+    Parameters
+    ----------
+    stream : _cuda.Stream
+        A long-lived non-blocking stream, in no other capture; it is usable again whatever happens in the block.
+    fill
+        Launches the fill on the stream it is given: the graph's first node.
+    captured : CapturedStep
+        Gets the graph when the block ends well. Entering the block gives its step.
+    dry : bool
+        Drop what was recorded: the block compiles and loads its kernels, and nothing of it ever runs.
+
+    Raises
+    ------
+    CaptureError
+        The driver refused the capture. What the block itself raises passes through, the capture given up.
+    """
+
+    def __init__(
+        self, stream: Any, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
+    ) -> None:
+        self._capture = _cuda.Capture(stream, dry=dry)
+        self._dry = dry
+        self._stream = stream
+        self._fill = fill
+        self.captured = captured
+
+    def __enter__(self) -> Step:
+        self._capture.begin()
+        try:
+            self._fill(self._stream)
+        except BaseException:
+            self._capture.abort()
+            raise
+        return self.captured.step
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is None and not self._dry:
+            self.captured.adopt(self._capture.end())
+            return
+        self._capture.abort()
+        if isinstance(error, Exception) and not isinstance(error, CaptureError) and _cuda.is_capture_error(error):
+            raise CaptureError(
+                f"something in the captured function is forbidden in a capture: {error}. Allocate, compile (one plain "
+                "call), copy from pageable memory and synchronise before capturing"
+            ) from error

@@ -1,0 +1,418 @@
+"""One named input: where it lies, what may be staged for it, and how its bytes get into a staging block.
+
+A slot knows the rules for its own values and nothing of rings, buckets or graphs; `manager` carves its memory and
+calls `write`. Sits above `spec` and `kernels`, below `staging`.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .._cuda import kernels
+from ..errors import ClosedError
+from ..pool.spec import BufferSpec, is_bfloat16, resolve_dtype
+from ..view import html
+
+__all__ = ["CONVERSIONS", "InputSlot"]
+
+CONVERSIONS = {
+    ("int64", "int32"): kernels.I64_I32,
+    ("int32", "int64"): kernels.I32_I64,
+    ("float64", "float32"): kernels.F64_F32,
+    ("float32", "float16"): kernels.F32_F16,
+    ("float16", "float32"): kernels.F16_F32,
+    ("float32", "bfloat16"): kernels.F32_BF16,
+    ("bfloat16", "float32"): kernels.BF16_F32,
+}
+"""(staged type, slot's type) -> what `fill_slots` calls the conversion."""
+
+ITEM_BYTES = (1, 2, 4, 8, 16)
+"""Element sizes that a fill moves as they are."""
+
+RESERVED = frozenset(
+    "self inputs num_tokens each at_least max_padding timeout fn sizes progress warm_up verify".split()
+)
+"""What no axis may be called: a size is given by the name of its axis, beside these arguments."""
+
+_PAD_MODES = {"repeat_last": kernels.PAD_REPEAT, "keep": kernels.PAD_KEEP}
+_AXIS = re.compile(r"([A-Za-z_]\w*)(?:\+(\d+))?")
+
+
+class InputSlot:
+    """A named static device array that captured graphs read.
+
+    Made by `InputBufferManager.register_slot`, which explains the parameters. It does not keep its manager alive.
+
+    Attributes
+    ----------
+    name : str
+    spec : BufferSpec
+        Capacity and element type of the slot.
+    pad : scalar or str
+        What fills the part of a bucket that a step does not use: a value, "repeat_last" or "keep".
+    index : bool
+        Whether kernels use the values as indices, so that stale ones would read out of bounds.
+    axis : str or None
+        The size that the slot's first dimension follows; None for a slot that is always staged whole.
+    extra : int
+        What is added to that size: 1 for the "seqs+1" of a list of offsets.
+    source_dtype : numpy.dtype
+        Element type of what is staged; converted to the slot's on the device.
+    max_live : int
+        Most elements that one step can stage.
+    """
+
+    __slots__ = (
+        "_pad_words", "_resolve", "_set", "axis", "axis_index", "capacity", "checked", "columns_word", "extra", "flat",
+        "index", "max_live", "name", "operation", "pad", "pad_mode", "position", "source_dtype", "source_offset",
+        "spec", "static", "target_offset", "unit", "width", "word",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        spec: BufferSpec,
+        *,
+        static: bool,
+        pad: Any,
+        index: bool,
+        source_dtype: Any,
+        axis: str | None,
+        max_live: int | None,
+        range_check: bool,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"slot name {name!r} is no name: give a non-empty string")
+        if not isinstance(spec, BufferSpec):
+            raise TypeError(f"slot {name!r}: spec is {spec!r}: give a BufferSpec")
+        if not spec.shape or 0 in spec.shape:
+            raise ValueError(
+                f"slot {name!r}: shape {spec.shape} holds no elements: give at least one dimension, all >= 1"
+            )
+        self.name, self.spec, self.static, self.index = name, spec, bool(static), bool(index)
+        self.axis, self.extra = _parse_axis(name, axis)
+        self.capacity = spec.shape[0]
+        self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
+        self.source_dtype = spec.dtype if source_dtype is None else resolve_dtype(source_dtype)
+        self.operation = self._find_conversion()
+        # What the kernel moves: elements of 1, 2, 4, 8 or 16 bytes, or the single bytes of any other, as of a record.
+        self.unit = 1 if spec.dtype.itemsize in ITEM_BYTES else spec.dtype.itemsize
+        self.flat = len(spec.shape) == 1 and self.unit == 1
+        self.pad = pad
+        self.pad_mode, self._pad_words = self._find_pad()
+        elements = self.capacity * self.width
+        self.max_live = elements if max_live is None else operator.index(max_live)
+        if not 1 <= self.max_live <= elements:
+            raise ValueError(f"slot {name!r}: max_live is {max_live}; the slot holds 1 to {elements} elements")
+        self.checked = range_check and self.operation == kernels.I64_I32
+        self.position = self.word = self.columns_word = self.axis_index = -1
+        self.source_offset = self.target_offset = -1
+        # Weak, so that a manager is in no reference cycle: what dies in one Numba destroys in whatever thread the
+        # collector runs, context or none.
+        self._resolve: weakref.WeakMethod[Callable[[InputSlot], Any]] | None = None
+        self._set: weakref.WeakMethod[Callable[[InputSlot, Any], None]] | None = None
+
+    def _find_conversion(self) -> int:
+        source, target = self.source_dtype, self.spec.dtype
+        if self.index and target.kind not in "iu":
+            raise TypeError(
+                f"slot {self.name!r} holds indices, and its elements are {target}: give an integer type, or index=False"
+            )
+        if source == target:
+            return kernels.RAW
+        found = CONVERSIONS.get((source.name, target.name))
+        if found is None:
+            known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
+            raise TypeError(f"slot {self.name!r}: no conversion from {source} to {target}; there are {known}")
+        return found
+
+    def _find_pad(self) -> tuple[int, tuple[int, int]]:
+        if isinstance(self.pad, str):
+            if self.pad not in _PAD_MODES:
+                raise ValueError(f"slot {self.name!r}: pad {self.pad!r}; use a value, 'repeat_last' or 'keep'")
+            if self.pad == "repeat_last" and self.spec.dtype.itemsize not in ITEM_BYTES:
+                raise ValueError(
+                    f"slot {self.name!r}: elements of {self.spec.dtype.itemsize} bytes are padded with zeros or kept: "
+                    "use pad=0 or 'keep'"
+                )
+            if self.pad == "keep" and self.index:
+                raise ValueError(
+                    f"slot {self.name!r} holds indices, and pad 'keep' would leave stale ones in the padding, which "
+                    "kernels follow out of bounds: use a valid index or 'repeat_last'"
+                )
+            return _PAD_MODES[self.pad], (0, 0)
+        dtype = self.spec.dtype
+        given = np.asarray(self.pad)
+        if self.index and given.shape == () and given.dtype.kind in "iuf" and given < 0:
+            raise ValueError(
+                f"slot {self.name!r} holds indices, and pad {self.pad!r} is none: a kernel that follows it writes to "
+                "the last row, or out of bounds. Pad with a valid index, as of a row that nothing else uses"
+            )
+        try:
+            if given.shape != ():
+                raise TypeError("it is not a scalar")
+            if dtype.kind in "iu" and given.dtype.kind in "iub":
+                info = np.iinfo(dtype)
+                if not info.min <= int(given) <= info.max:
+                    raise ValueError("it does not fit")
+            elif dtype.kind in "iub" and given.dtype.kind not in "iub":
+                raise TypeError("it is not an integer")
+            elif given.dtype.kind in "OSU" and given.dtype.kind != dtype.kind:
+                raise TypeError("it is not a number")
+            elif given.dtype.kind == "c" and dtype.kind != "c":
+                raise TypeError("it is complex")
+            with np.errstate(all="ignore"):
+                # 0 is zero bytes where an element is no number; NumPy would make it the letter "0".
+                blank = dtype.kind in "SUV" and given.dtype.kind in "iub" and given == 0
+                value = np.zeros((), dtype) if blank else given.astype(dtype)
+            if not blank and dtype.kind in "SU" and given.dtype.kind != dtype.kind:
+                raise TypeError("it is not a string")
+            if (
+                (dtype.kind in "fc" or is_bfloat16(dtype))
+                and given.dtype.kind in "iuf"
+                and np.isfinite(given)
+                and not np.isfinite(value)
+            ):
+                raise ValueError("it does not fit")
+            raw = value.tobytes()
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"slot {self.name!r}: pad {self.pad!r} is no value of {dtype} ({error})") from None
+        if len(raw) not in ITEM_BYTES:
+            if any(raw):
+                raise ValueError(
+                    f"slot {self.name!r}: elements of {len(raw)} bytes are padded with zeros or kept: use pad=0, or "
+                    "'keep'"
+                )
+            raw = bytes(16)
+        words = np.frombuffer(raw * (16 // len(raw)), np.int64)
+        return kernels.PAD_VALUE, (int(words[0]), int(words[1]))
+
+    @property
+    def array(self) -> Any:
+        """The slot's whole device array; its address stays the same while a graph is live.
+
+        None for a slot that is not static. bfloat16 is shown as uint16, which is what Numba can type.
+        """
+        return None if self._resolve is None else self._alive(self._resolve)(self)
+
+    def set_data(self, data: Any) -> None:
+        """Stage `data` into this slot alone, padded to its own bucket; the other slots keep what they hold.
+
+        Parameters
+        ----------
+        data
+            Host array of at most the slot's length; element type `source_dtype`, or one that casts to it safely.
+
+        Raises
+        ------
+        TypeError, ValueError, OverflowError
+            As `InputBufferManager.stage_inputs`.
+
+        Notes
+        -----
+        Streams: queued on the manager's stream. Capture: refused inside one.
+        """
+        if self._set is None:
+            raise TypeError(f"slot {self.name!r} is not static: its values pass through stage_inputs untouched")
+        self._alive(self._set)(self, data)
+
+    def _alive(self, method: weakref.WeakMethod[Any]) -> Any:
+        bound = method()
+        if bound is None:
+            raise ClosedError(f"the manager of slot {self.name!r} is gone: keep it for as long as its slots")
+        return bound
+
+    def bind(
+        self,
+        position: int,
+        axis_index: int,
+        resolve: Callable[[InputSlot], Any],
+        set_data: Callable[[InputSlot, Any], None],
+    ) -> None:
+        """Take a place among the static slots, follow an axis (-1: none), and learn what `array` and `set_data` do.
+
+        Both are methods of the manager, which the slot does not keep alive.
+        """
+        self.position, self.axis_index = position, axis_index
+        self.word = position * kernels.LIVE
+        self.columns_word = self.word + kernels.COLUMNS
+        self._resolve, self._set = weakref.WeakMethod(resolve), weakref.WeakMethod(set_data)
+
+    def rows(self, sizes: tuple[int, ...]) -> int:
+        """Return the slot's rows in a step of `sizes`, in the order of the axes."""
+        return sizes[self.axis_index] + self.extra if self.axis_index >= 0 else self.capacity
+
+    def table_row(self, base: int) -> list[int]:
+        """The slot's row of the fill table, with the arena at address `base`."""
+        row = [0] * kernels.ROW
+        row[kernels.SOURCE] = self.source_offset
+        row[kernels.TARGET] = base + self.target_offset
+        row[kernels.OPERATION] = self.operation
+        row[kernels.SOURCE_ITEM] = self.source_dtype.itemsize // self.unit
+        row[kernels.TARGET_ITEM] = self.spec.dtype.itemsize // self.unit
+        row[kernels.PITCH] = self.width * self.unit
+        row[kernels.PAD_MODE] = self.pad_mode
+        row[kernels.PAD_LOW], row[kernels.PAD_HIGH] = self._pad_words
+        return row
+
+    def on_host(self, data: Any) -> np.ndarray:
+        """Return `data` as an array, refusing one of the device, which NumPy might copy back without a word."""
+        if not isinstance(data, np.ndarray):
+            if _on_device(data):
+                raise TypeError(
+                    f"input {self.name!r} is a device array; inputs are staged from the host. Give its kernels the "
+                    "array itself, as an argument of their own in the captured function, or copy it to the host first, "
+                    "with the work on it done (Numba: data.copy_to_host(), CuPy: data.get(), PyTorch: data.cpu())"
+                )
+        elif isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
+            raise TypeError(
+                f"input {self.name!r} is a masked array, and a slot has no place for its mask: give data.filled(value)"
+            )
+        try:
+            array = np.asarray(data)
+        except ValueError as error:
+            raise ValueError(f"input {self.name!r} is no array: {error}") from None
+        if array.size == 0 and not isinstance(data, np.ndarray):
+            return array.astype(self.source_dtype)  # as of an empty list, which has no element type
+        return array
+
+    def coerce(self, data: Any, live: int) -> np.ndarray:
+        """Return `data` as an array that may be staged as `live` rows, or say what is wrong with it.
+
+        Raises
+        ------
+        TypeError
+            A device array, or an element type that does not cast safely to `source_dtype`.
+        ValueError
+            Wrong number of dimensions or rows, rows wider than the slot's, or more elements than `max_live`.
+        OverflowError
+            An integer does not fit the slot's narrower type (where the range check is on).
+        """
+        array = self.on_host(data)
+        if array.dtype != self.source_dtype and not _casts(array.dtype, self.source_dtype):
+            raise TypeError(
+                f"input {self.name!r} has dtype {array.dtype}; the slot takes {self.source_dtype}: convert it, or "
+                "register the slot with another source_dtype"
+            )
+        shape = self.spec.shape
+        if array.ndim != len(shape):
+            raise ValueError(
+                f"input {self.name!r} has shape {array.shape}; the slot has {len(shape)} dimension(s): {shape}"
+            )
+        if array.shape[0] != live:
+            raise ValueError(
+                f"input {self.name!r} has {array.shape[0]} rows; this step has {live}"
+                f"{f' (axis {self.axis})' if self.axis else ''}{f' plus {self.extra}' if self.extra else ''}: "
+                "slice it or correct the step's size"
+            )
+        if live > self.capacity:
+            raise ValueError(
+                f"input {self.name!r} has {live} rows; the slot holds {self.capacity}: register a larger slot"
+            )
+        if array.ndim == 2 and array.shape[1] > shape[1]:
+            raise ValueError(f"input {self.name!r} has rows of {array.shape[1]}; the slot's rows hold {shape[1]}")
+        if array.ndim > 2 and array.shape[1:] != shape[1:]:
+            raise ValueError(
+                f"input {self.name!r} has shape {array.shape}; past the first dimension it must be {shape[1:]}"
+            )
+        if array.size > self.max_live:
+            raise ValueError(
+                f"input {self.name!r} has {array.size} elements; "
+                f"the slot stages at most max_live={self.max_live} a step"
+            )
+        if self.checked and array.size:
+            self.check_range(array)
+        return array
+
+    def check_range(self, array: np.ndarray) -> None:
+        """Refuse int64 values that int32 cannot hold."""
+        # The union of all bits shows in one pass that no value is negative or large, which is the usual case.
+        if 0 <= np.bitwise_or.reduce(array, axis=None) < 1 << 31:
+            return
+        if array.min() < -(1 << 31) or array.max() >= 1 << 31:
+            raise OverflowError(
+                f"input {self.name!r} holds values from {array.min()} to {array.max()}; the slot is int32. Correct the "
+                "values or register the slot as int64 (the check can be switched off with range_check=False)"
+            )
+
+    def write(self, words: Any, staged: np.ndarray, data: Any, live: int, padded: int) -> None:
+        """Check `data`, write it and its sizes into a staging block.
+
+        Parameters
+        ----------
+        words : memoryview of int64
+            The block's live words.
+        staged : numpy.ndarray, shape (max_live,)
+            The slot's part of the block, as `source_dtype`.
+        data
+            Host array of `live` rows.
+        padded : int
+            Rows of the slot that are valid after the fill.
+        """
+        array = self.coerce(data, live)
+        staged[: array.size].reshape(array.shape)[...] = array
+        self.describe(words, live, array.shape[1] if array.ndim == 2 else self.width, padded)
+
+    def describe(self, words: Any, live: int, columns: int, padded: int) -> None:
+        """Write into a block's words: `live` staged rows of `columns` elements, padded to `padded` rows."""
+        at, width = self.word, self.width * self.unit
+        columns *= self.unit
+        if self.flat or (columns == width and self.pad_mode != kernels.PAD_REPEAT):
+            # One long row; for rows that are repeated as a whole the kernel has to know where they begin.
+            words[at + kernels.ROWS] = words[at + kernels.PADDED_ROWS] = 1
+            words[at + kernels.COLUMNS] = live * width
+            words[at + kernels.PADDED_COLUMNS] = padded * width
+        else:
+            words[at + kernels.ROWS] = live
+            words[at + kernels.COLUMNS] = columns
+            words[at + kernels.PADDED_ROWS] = padded
+            words[at + kernels.PADDED_COLUMNS] = width
+
+    def __repr__(self) -> str:
+        extra = f"+{self.extra}" if self.extra else ""
+        return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("holds", f"{self.spec}, {html.nbytes(self.spec.size_bytes)}"),
+            ("staged as", f"{self.source_dtype}, at most {self.max_live:,} elements"),
+            ("follows", f"{self.axis}+{self.extra}" if self.extra else self.axis or "nothing: staged whole"),
+            ("pad", str(self.pad)),
+        ]
+        return html.card(f"InputSlot {self.name}", html.table(["", ""], rows))
+
+
+def _on_device(data: Any) -> bool:
+    """Whether `data`, no ndarray, is in memory that the host does not read."""
+    if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
+        return True
+    place = getattr(data, "__dlpack_device__", None)
+    return place is not None and int(place()[0]) not in (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
+
+
+def _casts(source: np.dtype, target: np.dtype) -> bool:
+    if is_bfloat16(source) or is_bfloat16(target):
+        return False
+    return bool(np.can_cast(source, target, "safe")) and source.kind in "biufc"
+
+
+def _parse_axis(name: str, axis: str | None) -> tuple[str | None, int]:
+    if axis is None:
+        return None, 0
+    match = _AXIS.fullmatch(axis) if isinstance(axis, str) else None
+    if match is None:
+        raise ValueError(
+            f"slot {name!r}: axis {axis!r}; give a name such as 'tokens', or one with an offset such as 'seqs+1'"
+        )
+    if match[1] in RESERVED:
+        raise ValueError(
+            f"slot {name!r}: axis {axis!r} is taken, as an argument of the methods that take sizes by name; use "
+            f"another name than {', '.join(sorted(RESERVED))}"
+        )
+    return match[1], int(match[2] or 0)

@@ -1,0 +1,546 @@
+"""The command line: `numbabuf replay [TRACE]`, `numbabuf plan TRACE`, `numbabuf info`, and what they share.
+
+A command is one `Command`: its arguments and one function that returns the exit code. 0: all is well; 1: the
+command ran and found something wrong; 2: it could not run (arguments, trace, device), and one line on stderr
+says why. Numba reads NUMBA_ENABLE_CUDASIM once, at its import, so nothing here may import numba at module
+level. Nothing in numbabuf imports this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import dataclasses
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import config
+from ..errors import BackendError, NumbabufError
+from ..view.progress import track
+
+if TYPE_CHECKING:
+    from .pipeline import Pipeline
+    from .traces import RequestTrace, StepTrace
+
+__all__ = ["main"]
+
+SCHEMA = 1
+"""Version of the layout of `--json` files; it grows when a name changes its meaning or goes away."""
+
+
+MOST_STEPS = 10_000_000
+"""Most steps that `plan` reads: a row of a trace may stand for a hundred million."""
+
+
+class Command(NamedTuple):
+    """One subcommand."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    device: bool
+    """Whether it needs a backend: without a GPU the simulator is chosen before it runs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name. Left out, this is the program itself: it takes them from the
+        process and may start the process anew (once) to run in the simulator. Given, it never does.
+
+    Returns
+    -------
+    int
+        0, 1 or 2, as the module says; 130 when interrupted.
+
+    Raises
+    ------
+    SystemExit
+        By argparse, for ``--help`` (0) and for arguments it refuses (2).
+    """
+    if argv is None and sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file may have any name
+    try:
+        try:
+            return _dispatch(argv)
+        finally:
+            if sys.stdout is not None:  # None where the program was started without one: then nothing is lost
+                sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
+    except BrokenPipeError:  # who read our output, `head` for one, has gone; nothing can be said to them
+        _silence_stdout()
+        return 2
+    except (NumbabufError, MemoryError, OSError) as error:
+        if isinstance(error, OSError):
+            _silence_stdout()
+        _complain(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _dispatch(argv: Sequence[str] | None) -> int:
+    """Read the arguments, and run the command that they name."""
+    parser = argparse.ArgumentParser(prog="numbabuf", description="Fixed-address input buffers and CUDA graph replay.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.help, description=command.help)
+        command.arguments(sub)
+        sub.set_defaults(parser=sub)
+    args = parser.parse_args(argv)
+    command = COMMANDS[args.command]
+    if command.device:
+        try:
+            for switch in config.SWITCHES:
+                config.enabled(switch.name)
+        except ValueError as error:
+            raise NumbabufError(str(error)) from None
+        _choose_backend(restart=argv is None)
+    return command.run(args)
+
+
+def _complain(text: str) -> None:
+    """Say something on stderr, in one line; where that cannot be written, the exit code must do."""
+    if sys.stderr is not None:  # else print would take stdout
+        with contextlib.suppress(OSError):
+            print("numbabuf:", *filter(None, map(str.strip, text.splitlines())), file=sys.stderr, flush=True)
+
+
+def _silence_stdout() -> None:
+    """Where stdout takes nothing more, let what it still holds go nowhere, lest the interpreter fail at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# -------------------------------------------------------------------------------------------------- backend
+
+
+def _choose_backend(*, restart: bool) -> None:
+    """Choose the simulator where no GPU can be used and the user has not chosen; say so on stderr.
+
+    Numba reads the choice when it is imported; where that has happened, the process is started anew with the
+    choice made (`restart`), which can happen only once, since the variable is then set.
+    """
+    chosen = os.environ.get("NUMBA_ENABLE_CUDASIM")
+    problem = None if chosen not in (None, "0") else _device_problem()
+    if problem is None:
+        return
+    if chosen is not None:
+        raise BackendError(f"no GPU ({problem}) and NUMBA_ENABLE_CUDASIM={chosen}: set it to 1 to use the simulator")
+    imported = "numba" in sys.modules
+    if imported and not restart:
+        raise BackendError(f"no GPU ({problem}): set NUMBA_ENABLE_CUDASIM=1 before numba is imported")
+    _complain(f"no GPU ({problem}); using Numba's simulator: results, not speed")
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+    if imported:
+        again = [
+            sys.executable,
+            *sys.orig_argv[1:],
+        ]  # as it was started: -m, console script, -W and -X options
+        if sys.platform == "win32":  # exec there returns to the shell at once
+            raise SystemExit(subprocess.call(again))
+        os.execv(sys.executable, again)
+
+
+def _device_problem() -> str | None:
+    """Return why no GPU can be used, None where one can; asks the driver, as numba is not imported yet."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed"
+    library = os.environ.get("NUMBA_CUDA_DRIVER") or ("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return f"{library} cannot be loaded"
+    count = ctypes.c_int(0)
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        return f"the driver answers with error {code}"
+    return None if count.value else "the driver reports no device"
+
+
+# --------------------------------------------------------------------------------------------------- replay
+
+_SIZES: dict[str, dict[str, int]] = {
+    "simulator": {"steps": 200, "max_tokens": 256, "max_seqs": 16, "dim": 8, "vocab": 512},
+    "cuda": {"steps": 1000, "max_tokens": 2048, "max_seqs": 256, "dim": 64, "vocab": 32000},
+}
+_WORKLOADS: dict[str, dict[str, Any]] = {
+    "simulator": {"requests": 64, "rate_per_s": 20.0},
+    "cuda": {"requests": 1000, "rate_per_s": 100.0},
+}
+_WINDOW = 32  # steps in flight before their results are compared
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:  # argparse puts the name of this function into its message
+        value = int(text)
+        if not low <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {2**31 - 1}; found {value}")
+        return value
+
+    return number
+
+
+def _whole_list(low: int) -> Callable[[str], list[int]]:
+    def numbers(text: str) -> list[int]:
+        return [_whole(low)(part) for part in text.split(",")]
+
+    return numbers
+
+
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    def default(name: str) -> str:
+        return f"default {_SIZES['simulator'][name]} in the simulator, {_SIZES['cuda'][name]} on a GPU"
+
+    add = parser.add_argument
+    add(
+        "trace",
+        nargs="?",
+        metavar="TRACE",
+        help="CSV, JSONL or NPZ, plain or .gz (default: generated requests)",
+    )
+    add("--steps", type=_whole(0), metavar="N", help=f"stop after N steps, 0: run all ({default('steps')})")
+    add("--max-tokens", type=_whole(1), metavar="N", help=f"most tokens in a step ({default('max_tokens')})")
+    add("--max-seqs", type=_whole(1), metavar="N", help=f"most sequences in a step ({default('max_seqs')})")
+    add("--dim", type=_whole(1), metavar="N", help=f"columns of the embedding table ({default('dim')})")
+    add("--vocab", type=_whole(1), metavar="N", help=f"rows of the embedding table ({default('vocab')})")
+    add(
+        "--buckets",
+        type=_whole_list(1),
+        metavar="N,N,...",
+        help="padded sizes (default: powers of two up to --max-tokens)",
+    )
+    add("--ring", type=_whole(1), default=4, metavar="N", help="staging blocks (default 4)")
+    add(
+        "--overflow",
+        choices=("raise", "eager"),
+        default="raise",
+        help="for steps beyond the largest bucket",
+    )
+    add(
+        "--seed",
+        type=_whole(0),
+        default=0,
+        metavar="N",
+        help="of generated requests, token ids and weights (default 0)",
+    )
+    add("--json", metavar="OUT", help="write the results to this file")
+    add("--report", metavar="OUT.html", help="write the results to this file as one HTML page with pictures")
+    add("--quiet", action="store_true", help="no progress bar and no table")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    """Replay a trace through an InputBufferManager, check every step against NumPy, report."""
+    from .. import _cuda
+    from ..demand import buckets
+    from .traces import Workload, read_trace
+
+    for name, value in _SIZES[_cuda.backend()].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    try:
+        args.buckets = buckets.validate(args.buckets or buckets.powers_of_two(args.max_tokens), args.max_tokens)
+    except ValueError as error:
+        args.parser.error(str(error))
+    if args.overflow == "raise" and args.buckets[-1] < args.max_tokens:
+        args.parser.error(
+            f"steps may have {args.max_tokens} tokens and the largest bucket holds {args.buckets[-1]}: "
+            "lower --max-tokens, or give a larger bucket, or --overflow eager"
+        )
+    for name in ("vocab", "max_tokens", "max_seqs"):
+        if getattr(args, name) * args.dim >= 2**31:
+            option = f"--{name.replace('_', '-')}"
+            args.parser.error(f"{option} {getattr(args, name)} x --dim {args.dim} must be below 2**31 elements")
+    for option, path in (("--json", args.json), ("--report", args.report)):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            args.parser.error(f"{option} {path}: no such directory")
+
+    workload = Workload(**_WORKLOADS[_cuda.backend()], seed=args.seed)
+    trace = read_trace(args.trace) if args.trace else workload.generate()
+    if not args.quiet:
+        _print_intro(args, trace, workload)
+    with warnings.catch_warnings():
+        # the manager warns of the first step that has no graph; the table counts them all
+        warnings.filterwarnings("ignore", message=".*runs without a graph", category=RuntimeWarning)
+        results = _run(args, trace)
+    report = {
+        "schema": SCHEMA,
+        "command": "replay",
+        "backend": _cuda.backend(),
+        "device": _cuda.device_name(),
+        "versions": _versions(),
+        "trace": {
+            "name": trace.name,
+            "kind": trace.kind,
+            "rows": len(trace),
+            "reordered": trace.reordered,
+            "generator": None if args.trace else dataclasses.asdict(workload),
+        },
+        "parameters": {name: getattr(args, name) for name in (*_SIZES["cuda"], "buckets", "ring", "overflow", "seed")},
+        "results": results,
+    }
+    written = True
+    if args.json:
+        written = _write(args.json, json.dumps(report, indent=2) + "\n")
+    if args.report:
+        from ..view.report import render
+
+        written = _write(args.report, render(report)) and written
+    if not args.quiet:
+        _print_results(args, report)
+    if results["mismatch"] is None:
+        return 0 if written else 2
+    text = "wrong result at step {step}, sequence {sequence}: NumPy says {expected}, the device {found}"
+    _complain("error: " + text.format(**results["mismatch"]))
+    return 1
+
+
+def _write(path: str, text: str) -> bool:
+    try:
+        with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # a trace may have any name
+            file.write(text)
+    except OSError as error:
+        _complain(f"error: {path}: cannot be written: {error.strerror}")
+        return False
+    return True
+
+
+def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str, Any]:
+    """Drive the pipeline through a manager, and return what goes under "results"."""
+    import numpy as np
+
+    from ..pool.spec import BufferSpec
+    from ..step.manager import InputBufferManager
+    from ..view.report import thin
+    from .pipeline import Pipeline
+    from .traces import token_inputs
+
+    steps = iter(trace.steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs))
+    show = not args.quiet and sys.stderr is not None and sys.stderr.isatty()
+    host_ns: list[int] = []
+    tokens: list[int] = []
+    pending: list[tuple[int, Any]] = []  # steps in flight: number, expected row of scores
+    mismatch = None
+    row = np.zeros(1, np.int64)
+    with InputBufferManager(
+        max_batch_size=1,
+        max_seq_len=args.max_tokens,
+        buckets=args.buckets,
+        overflow=args.overflow,
+        ring=args.ring,
+    ) as manager:
+        seqs = BufferSpec(args.max_seqs + 1, "int32")
+        manager.register_slot("seq_starts", seqs, axis="seqs+1", pad="repeat_last", index=True, source_dtype="int64")
+        manager.register_slot("token_index", BufferSpec(args.max_tokens, "int64"), index=True)
+        manager.register_slot("row", BufferSpec(1, "int64"), axis=None, index=True)
+        pipeline = Pipeline(
+            vocab=args.vocab,
+            dim=args.dim,
+            max_tokens=args.max_tokens,
+            max_seqs=args.max_seqs,
+            window=_WINDOW,
+            seed=args.seed,
+        )
+        begin = time.perf_counter()
+        manager.capture_buckets(pipeline, progress=show)
+        capture_s = time.perf_counter() - begin
+        manager.synchronize()
+        limited = itertools.islice(steps, args.steps or None)
+        for number, step in enumerate(track(limited, label="replay", total=args.steps or None, enabled=show)):
+            inputs = token_inputs(step, vocab=args.vocab, seed=args.seed)
+            pending.append((number, pipeline.expected(inputs)))
+            row[0] = number % _WINDOW
+            begin_ns = time.perf_counter_ns()
+            manager.replay({**inputs, "row": row}, step.num_tokens, seqs=step.num_seqs)
+            host_ns.append(time.perf_counter_ns() - begin_ns)
+            tokens.append(step.num_tokens)
+            for array in (*inputs.values(), row):
+                array.fill(0)  # the arrays are ours again: were they read later than this, it would show
+            if len(pending) == _WINDOW:
+                mismatch = _compare(manager, pipeline, pending)
+                if mismatch is not None:
+                    break
+        if mismatch is None and pending:
+            mismatch = _compare(manager, pipeline, pending)
+        manager.synchronize()
+        stats = manager.stats()
+    host_us = np.array(host_ns, np.float64) / 1000
+    demand = np.unique(np.array(tokens, np.int64), return_counts=True)
+    return {
+        "steps": len(host_ns),
+        "complete": mismatch is None and next(steps, None) is None,
+        "graphs": stats.graphs,
+        "capture_s": capture_s,
+        "live_tokens": stats.live_tokens,
+        "padded_tokens": stats.padded_tokens,
+        "padding_percent": 100 * stats.padding,
+        "buckets": {str(bucket): count for bucket, count in stats.buckets.items()},
+        "bucket_tokens": {str(bucket): live for bucket, live in stats.bucket_tokens.items()},
+        "demand": {str(size): count for size, count in zip(*(part.tolist() for part in demand), strict=True)},
+        "tokens_per_step": thin(tokens),
+        "host_us_per_step": thin(host_us.tolist()),
+        "arena_bytes": stats.arena_bytes,
+        "ring_bytes": stats.ring_bytes,
+        "overflows": stats.overflows,
+        "ring_waits": stats.ring_waits,
+        "host_us_median": float(np.median(host_us)),
+        "host_us_p99": float(np.percentile(host_us, 99)),
+        "mismatch": mismatch,
+    }
+
+
+def _compare(manager: Any, pipeline: Pipeline, pending: list[tuple[int, Any]]) -> dict[str, Any] | None:
+    """Wait for the steps in flight and compare each, bit for bit; return the first that differs, or None."""
+    manager.synchronize()
+    scores = pipeline.collect()
+    for number, expected in pending:
+        found = scores[number % _WINDOW]
+        wrong = found != expected  # NaN, which the row of a step that did not run holds, differs from all
+        if wrong.any():
+            sequence = int(wrong.argmax())
+            return {
+                "step": number,
+                "sequence": sequence,
+                "expected": float(expected[sequence]),
+                "found": float(found[sequence]),
+            }
+    pending.clear()
+    return None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("numbabuf", "numba", "numba-cuda", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # numba-cuda is optional
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+# ------------------------------------------------------------------------------------------------- printing
+
+
+def _print_intro(args: argparse.Namespace, trace: RequestTrace | StepTrace, workload: Any) -> None:
+    if args.trace:
+        print(f"trace: {trace.name}, {len(trace):,} {trace.kind}")
+    else:
+        print(
+            "trace: generated,",
+            ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(workload).items()),
+        )
+    if trace.reordered:
+        print(f"  {trace.reordered:,} rows arrive earlier than a row before them: sorted by arrival")
+    print(f"limits: {args.max_tokens:,} tokens and {args.max_seqs:,} sequences a step")
+    print(f"pipeline: embedding {args.vocab:,} x {args.dim}, sum per sequence, score", flush=True)
+
+
+def _print_results(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    results = report["results"]
+    what = "the same, bit for bit, as NumPy's" if results["mismatch"] is None else "WRONG, see below"
+    simulator = report["backend"] == "simulator"
+    rows = [
+        ("backend", "Numba's simulator (results, not speed)" if simulator else f"cuda, {report['device']}"),
+        ("steps", f"{results['steps']:,}, results {what}"),
+        ("graphs", f"{results['graphs']:,}, captured in {results['capture_s']:.2f} s"),
+        ("padding", f"{results['padding_percent']:.1f} % on top of {results['live_tokens']:,} tokens"),
+        ("overflow", f"{results['overflows']:,} steps beyond the largest bucket ({args.overflow})"),
+        ("ring waits", f"{results['ring_waits']:,} with {args.ring} blocks"),
+        (
+            "host per step",
+            f"median {results['host_us_median']:,.1f} us, p99 {results['host_us_p99']:,.1f} us"
+            + (", kernels included" if simulator else ""),
+        ),
+    ]
+    print()
+    for name, value in rows:
+        print(f"{name:<14} {value}")
+    print(f"\n{'bucket':>8} {'runs':>8}")
+    for bucket, count in sorted(results["buckets"].items(), key=lambda item: int(item[0])):
+        print(f"{bucket:>8} {count:>8,}")
+    if results["mismatch"] is None and not results["complete"]:
+        print(f"\nOnly the first {results['steps']:,} steps were run; --steps 0 runs all.")
+
+
+# ------------------------------------------------------------------------------------------------ plan and info
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("trace", metavar="TRACE", help="CSV, JSONL or NPZ, plain or .gz")
+    add("--k", type=_whole(1), default=16, metavar="N", help="sizes to choose (default 16)")
+    add("--axis", choices=("tokens", "seqs"), default="tokens", help="which size of a step (default tokens)")
+    add("--max-tokens", type=_whole(1), default=2048, metavar="N", help="most tokens in a step (default 2048)")
+    add("--max-seqs", type=_whole(1), default=256, metavar="N", help="most sequences in a step (default 256)")
+    add("--plot", metavar="OUT.png", help="draw the comparison into this file (needs matplotlib)")
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """Print the bucket list for a log, and what other lists would pad on it."""
+    from ..demand.planning import compare
+    from .traces import read_trace
+
+    if args.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            args.parser.error("--plot needs matplotlib: pip install 'numbabuf[plot]'")
+        if not os.path.isdir(os.path.dirname(args.plot) or "."):
+            args.parser.error(f"--plot {args.plot}: no such directory")
+    steps = read_trace(args.trace).steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs)
+    top = args.max_tokens if args.axis == "tokens" else args.max_seqs
+    sizes = [getattr(step, f"num_{args.axis}") for step in itertools.islice(steps, MOST_STEPS + 1)]
+    if len(sizes) > MOST_STEPS:
+        raise NumbabufError(f"{args.trace}: more than {MOST_STEPS:,} steps: shorten it, or raise --max-tokens")
+    found = compare(sizes, args.k, max_size=top)
+    print(f"{found.steps:,} steps, at most {top:,} {args.axis} each")
+    print(found.table())
+    if args.plot:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 0.4 * len(found.fits) + 1), layout="constrained")
+        FigureCanvasAgg(figure)
+        found.plot(figure.add_subplot())
+        try:
+            figure.savefig(args.plot, dpi=150)
+        except (OSError, ValueError) as error:  # no right to write there, or a suffix that matplotlib does not know
+            _complain(f"error: {args.plot}: cannot be written: {error}")
+            return 2
+    return 0
+
+
+def _info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _info(args: argparse.Namespace) -> int:
+    """Print what is here, what is missing, and the command that installs it."""
+    problem = _device_problem()  # asked before numba is imported, which would answer less clearly
+    from . import info
+
+    found = info.collect(problem)
+    print(json.dumps(found, indent=2) if args.json else info.render(found))
+    return 0
+
+
+COMMANDS = {
+    "info": Command("Tell what is here and what is missing.", _info_arguments, _info, device=False),
+    "plan": Command(
+        "Choose the sizes to capture for a log of requests.", _plan_arguments, _plan, device=False
+    ),
+    "replay": Command(
+        "Replay a request trace through graphs, checking every step.", _replay_arguments, _replay, device=True
+    ),
+}

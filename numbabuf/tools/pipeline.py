@@ -1,0 +1,159 @@
+"""A small Numba pipeline for `numbabuf replay`, and its NumPy twin that every result is checked against.
+
+Three kernels a step: gather embedding rows, add them up per sequence, score each sequence. They read every
+live length from staged arrays, never from scalars, which a graph would freeze. Knows arrays and streams
+alone, no manager; it sits below `_cuda` and above `cli`, and a user's own pipeline looks just like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._cuda import configure, cuda, launch_shape
+
+__all__ = ["Pipeline"]
+
+
+@cuda.jit
+def _embed(ids, positions, table, hidden):  # type: ignore[no-untyped-def]
+    """hidden[t, d] = table[ids[t], d] + positions[t] % 8; reads and writes 4 bytes an element.
+
+    Padded tokens are embedded like any other: the pad is a valid id, and no sequence reads the result.
+    """
+    dim = table.shape[1]
+    for i in range(cuda.grid(1), ids.size * dim, cuda.gridsize(1)):
+        t = i // dim
+        d = i - t * dim
+        hidden[t, d] = table[ids[t], d] + (positions[t] & 7)
+
+
+@cuda.jit
+def _pool(hidden, token_index, starts, pooled):  # type: ignore[no-untyped-def]
+    """pooled[s, d] = sum of hidden[t, d] over the tokens of sequence s; reads 4 bytes a token and column.
+
+    A step may come in pieces, in order: each adds the tokens that it holds to the sums of those before it.
+    A padded sequence is an empty range, because the starts are padded with their last value.
+    """
+    begin = token_index[0]
+    end = begin + token_index.size
+    dim = pooled.shape[1]
+    for i in range(cuda.grid(1), (starts.size - 1) * dim, cuda.gridsize(1)):
+        s = i // dim
+        d = i - s * dim
+        total = pooled[s, d] if begin > 0 else 0.0
+        for t in range(max(begin, starts[s]), min(end, starts[s + 1])):
+            total += hidden[t - begin, d]
+        pooled[s, d] = total
+
+
+@cuda.jit
+def _score(pooled, starts, weights, row, scores):  # type: ignore[no-untyped-def]
+    """scores[row, s] = weighted sum of pooled[s] over the tokens of s; 0 for each s beyond the step."""
+    for s in range(cuda.grid(1), scores.shape[1], cuda.gridsize(1)):
+        value = 0.0
+        tokens = 0
+        if s < starts.size - 1:
+            tokens = starts[s + 1] - starts[s]
+        if tokens > 0:
+            for d in range(weights.size):
+                value += pooled[s, d] * weights[d]
+            value = value / tokens
+        scores[row[0], s] = value
+
+
+class Pipeline:
+    """Embedding gather, per-sequence sum, score, over device arrays that it owns.
+
+    Parameters
+    ----------
+    vocab, dim : int
+        Rows and columns of the embedding table.
+    max_tokens, max_seqs : int
+        Largest step, padding included.
+    window : int
+        Rows of `scores`: how many steps may run before their results are looked at.
+    seed : int
+
+    Attributes
+    ----------
+    scores : device array of float64, shape (window, max_seqs)
+        One row a step, chosen by the step's ``row`` input.
+
+    Notes
+    -----
+    Results are checked bit for bit. Table and weights are whole numbers up to 64, so every product and every
+    sum is a whole number far below 2**53, exact in float64 in any order, fused or not; the one division at
+    the end is correctly rounded by IEEE 754 on the host and on the device.
+
+    Streams: the constructor copies on the default stream and waits for it.
+    """
+
+    def __init__(
+        self, *, vocab: int, dim: int, max_tokens: int, max_seqs: int, window: int = 32, seed: int = 0
+    ) -> None:
+        random = np.random.default_rng(seed)
+        self.table = random.integers(-64, 65, (vocab, dim)).astype(np.float32)  # [vocab, dim]
+        self.weights = random.integers(-64, 65, dim).astype(np.float64)  # [dim]
+        self._table = cuda.to_device(self.table)
+        self._weights = cuda.to_device(self.weights)
+        self._hidden = cuda.device_array((max_tokens, dim), np.float32)
+        self._pooled = cuda.device_array((max_seqs, dim), np.float64)
+        # NaN equals nothing, so the result of a step that never ran is never right
+        self._unwritten = np.full((window, max_seqs), np.nan)
+        self.scores = cuda.to_device(self._unwritten)
+        cuda.synchronize()  # a copy from pageable memory may return before it has arrived on the device
+
+    def __call__(self, step: Any) -> Any:
+        """Launch one step's kernels on ``step.stream``; the function to give to `capture_buckets`.
+
+        Parameters
+        ----------
+        step
+            The capture context: a stream and the slots ``input_ids``, ``positions``, ``token_index``,
+            ``seq_starts``, ``row``.
+
+        Returns
+        -------
+        device array
+            `scores`, of which the kernels write the row that the step's ``row`` names.
+        """
+        self.launch(step, step.stream)
+        return self.scores
+
+    def launch(self, slots: Any, stream: Any) -> None:
+        """Launch the kernels over the device arrays in `slots` (name to array) on a Numba stream."""
+        ids, starts = slots["input_ids"], slots["seq_starts"]
+        dim = self.table.shape[1]
+        embed = configure(_embed, *launch_shape(ids.size * dim), stream)
+        pool = configure(_pool, *launch_shape((starts.size - 1) * dim), stream)
+        score = configure(_score, *launch_shape(self.scores.shape[1]), stream)
+        embed(ids, slots["positions"], self._table, self._hidden)
+        pool(self._hidden, slots["token_index"], starts, self._pooled)
+        score(self._pooled, starts, self._weights, slots["row"], self.scores)
+
+    def collect(self) -> NDArray[np.float64]:
+        """Return `scores` on the host, shape (window, max_seqs), and set every row back to NaN.
+
+        Notes
+        -----
+        Streams: the caller has waited for its steps; this waits for its own copies.
+        """
+        scores: NDArray[np.float64] = self.scores.copy_to_host()
+        self.scores.copy_to_device(self._unwritten)
+        cuda.synchronize()
+        return scores
+
+    def expected(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
+        """Return what NumPy finds for the live inputs of one step: a row of `scores`, shape (max_seqs,)."""
+        starts = inputs["seq_starts"]
+        hidden = self.table[inputs["input_ids"]] + (inputs["positions"] & 7)[:, None].astype(np.float32)
+        sums = np.zeros((len(hidden) + 1, hidden.shape[1]))
+        np.cumsum(hidden, axis=0, dtype=np.float64, out=sums[1:])  # exact, so a difference of sums is a sum
+        pooled = sums[starts[1:]] - sums[starts[:-1]]
+        row = np.zeros(self.scores.shape[1])
+        row[: starts.size - 1] = pooled @ self.weights / np.diff(starts)
+        return row
