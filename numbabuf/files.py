@@ -43,15 +43,15 @@ def allowance(nbytes: int) -> int:
     return min(MOST_BYTES, max(_FREELY, _RATIO * nbytes))
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """Return the contents of a regular file.
+def read_regular(path: str | os.PathLike[str], *, most: int = MOST_BYTES) -> bytes:
+    """Return the contents of a regular file of at most `most` bytes.
 
     Raises
     ------
     OSError
         The file cannot be read.
     ValueError
-        It is a FIFO or a device, or larger than `MOST_BYTES`.
+        It is a FIFO or a device, or larger than `most`.
     """
     # A FIFO that nobody writes to would block an `open` without O_NONBLOCK; a regular file does not care.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -62,11 +62,11 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         if not stat.S_ISREG(mode):
             raise ValueError("it is not a regular file: copy its contents to one")
         with open(handle, "rb", closefd=False) as file:
-            data = file.read(MOST_BYTES + 1)
+            data = file.read(most + 1)
     finally:
         os.close(handle)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"it is larger than {MOST_BYTES:,} bytes: split it")
+    if len(data) > most:
+        raise ValueError(f"it is larger than {most:,} bytes, the most that is read: give a smaller one")
     return data
 
 

@@ -14,7 +14,7 @@ from numbabuf import (
     Tier,
 )
 from numbabuf._cuda import cuda
-from numbabuf.demand.model import DemandModel, Demands
+from numbabuf.demand import DemandModel
 from numbabuf.view import html
 
 
@@ -98,7 +98,6 @@ def test_the_parts_of_a_manager_show_themselves(manager):
     assert "most: 3 (2)" in words(manager.demand._repr_html_())
     assert "hits" in words(manager.prediction()._repr_html_())
     assert "nothing yet" in words(DemandModel()._repr_html_())
-    assert "Demands a&b DemandModel" in words(Demands(["a&b"])._repr_html_())
 
 
 def test_padding_rows_agree_with_the_sums(manager):

@@ -270,8 +270,8 @@ def test_an_earlier_model_is_gone_on_with(make, tmp_path):
     first = make()
     for size in [5, 60] * 100:
         first.record_usage(size)
-    first.demand.save(tmp_path / "demand.npz")
-    second = make(demand=DemandModel.load(tmp_path / "demand.npz"))
+    first.demand.save(tmp_path / "demand.json")
+    second = make(demand=DemandModel.load(tmp_path / "demand.json"))
     assert second.plan_buckets(3) == first.plan_buckets(3) == (5, 60, CAPACITY)
 
 

@@ -1,22 +1,22 @@
 """Shape demand: which sizes were asked for lately, and which are worth having ready next.
 
-`DemandModel` is a moving window of observed sizes with a small learner on top; `Demands` holds one for each
-axis. NumPy only: this module knows no pool, no device and no graph, so that a whole trace runs through it
-alone. It imports nothing of the package but `html`, `checks`, `errors` and `files`; `buckets.plan` reads a model's
-`histogram()`, and `predictive` turns forecasts into warm buffers and graphs.
+`DemandModel` is a moving window of observed sizes with a small learner on top. NumPy only: this module knows no pool,
+no device and no graph, so that a whole trace runs through it alone. It imports nothing of the package but `html`,
+`checks`, `errors` and `files`; `buckets.plan` reads a model's `histogram()`, and `predictive` turns forecasts into warm
+buffers and graphs.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
+import json
 import math
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..checks import whole_number
 from ..errors import BusyError
 from ..view import html
 
-__all__ = ["DemandModel", "Demands", "Forecast"]
+__all__ = ["DemandModel", "Forecast"]
 
 Ints = NDArray[np.int64]
 
@@ -41,8 +41,11 @@ MAX_WINDOW = 1 << 20
 MAX_CELLS = 1 << 18
 """Most buckets times steps ahead (``warm_steps + 8``) that a learner keeps in view, at 64 bytes each."""
 
-MAX_AXES = 64
-"""Most axes that a file may hold: a model takes a megabyte, or more, of whatever is in its window."""
+FORMAT, VERSION = "numbabuf demand", 1
+"""How a saved model says what it is."""
+
+MAX_STATE_BYTES = 64 << 20
+"""Largest saved model that is read: a full window of the longest numbers takes 41 MB."""
 
 LEARNED = 1 << 16
 """Observations, the newest, that a new model learns from: about two seconds; the window may be longer."""
@@ -269,8 +272,16 @@ class DemandModel:
         return cls(**first.settings, clock=first._clock, seen=seen)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model to ``path`` (.npz); a file there is replaced at once or not at all."""
-        _write(path, self._fields())
+        """Write the model to ``path`` as JSON; a file there is replaced whole or not at all."""
+        seen = self.seen  # one moment of a window that other threads go on filling
+        state = {
+            "format": FORMAT,
+            "version": VERSION,
+            **self.settings,
+            "times": [at for at, _ in seen],
+            "sizes": [size for _, size in seen],
+        }
+        files.replace(path, json.dumps(state).encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> DemandModel:
@@ -279,38 +290,43 @@ class DemandModel:
         Raises
         ------
         ValueError
-            If the file is not one, is damaged, holds what no model can hold, or expands to more than
-            `files.allowance`. Nothing in it is executed.
+            The file is larger than `MAX_STATE_BYTES`, is not one that `save` wrote, or holds what no model can hold.
         OSError
-            If it cannot be read.
+            The file cannot be read.
         """
-        return _parse(path, lambda fields: cls._read(fields, clock))
-
-    def _fields(self) -> dict[str, NDArray[Any]]:
-        seen = self.seen  # one moment of a window that other threads go on filling
-        return {
-            "format": np.array([1, self.window, self.warm_steps]),
-            "buckets": np.array(self._buckets if self._fixed else (), np.int64),
-            "times": np.array([at for at, _ in seen], np.float64),
-            "sizes": np.array([size for _, size in seen], np.int64),
-        }
+        try:
+            data = files.read_regular(path, most=MAX_STATE_BYTES)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)} cannot be read: {error}") from None
+        if data.startswith(b"PK"):
+            raise ValueError(
+                f"{os.fspath(path)} is an NPZ file, as earlier versions saved demand, and only JSON is read: "
+                "begin with a new DemandModel, and save that one here"
+            )
+        try:
+            return cls._restored(json.loads(data), clock)
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{os.fspath(path)} holds no saved demand ({why}): save it again")
 
     @classmethod
-    def _read(cls, fields: Mapping[str, NDArray[Any]], clock: Callable[[], float]) -> DemandModel:
-        kinds = {"format": "i", "buckets": "i", "times": "f", "sizes": "i"}
-        for name, kind in kinds.items():
-            if name not in fields or fields[name].ndim != 1 or fields[name].dtype.kind != kind:
-                raise ValueError(f"the array {name!r} is missing or of the wrong kind")
-        if fields["format"].size != 3 or fields["format"][0] != 1:
-            raise ValueError(f"format {fields['format'].tolist()} is not known here")
-        _, window, warm_steps = fields["format"].tolist()
-        times, sizes = fields["times"], fields["sizes"]
-        if times.shape != sizes.shape or sizes.size > window:
-            raise ValueError(f"{times.size} times and {sizes.size} sizes do not fit a window of {window}")
+    def _restored(cls, state: object, clock: Callable[[], float]) -> DemandModel:
+        if not isinstance(state, dict) or (state.get("format"), state.get("version")) != (FORMAT, VERSION):
+            raise ValueError(f"it does not begin with the format {FORMAT!r}, version {VERSION}")
+        if missing := {"window", "buckets", "warm_steps", "times", "sizes"} - set(state):
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
+        times, sizes, window = state["times"], state["sizes"], state["window"]
+        for name, column in (("times", times), ("sizes", sizes)):
+            fits = isinstance(column, list) and len(column) <= whole_number("window", window)
+            if not fits or any(type(number) not in (int, float) for number in column):
+                raise ValueError(f"{name} must be a list of at most window={window} numbers")
         return cls(
-            window, buckets=fields["buckets"].tolist() or None, warm_steps=warm_steps, clock=clock,
-            seen=zip(times.tolist(), sizes.tolist(), strict=True),
-        )  # fmt: skip
+            window,
+            buckets=state["buckets"],
+            warm_steps=state["warm_steps"],
+            clock=clock,
+            seen=zip(times, sizes, strict=True),
+        )
 
     def _index(self, size: int) -> int:
         found = self._at.get(size)
@@ -333,87 +349,6 @@ class DemandModel:
         self._learner = _Learner(len(buckets), self.window, self.warm_steps)
         for _, size in itertools.islice(self._seen, max(0, len(self._seen) - newest), None):
             self._learner.observe(self._index(size))
-
-
-class Demands(Mapping[str, DemandModel]):
-    """One `DemandModel` for each axis, by name, under the same four verbs.
-
-    Parameters
-    ----------
-    axes : iterable of str
-        Names such as "tokens" and "seqs".
-    **options
-        What every model is made with.
-
-    Examples
-    --------
-    >>> demands = Demands(["tokens", "seqs"], window=256)
-    >>> demands.observe(tokens=300, seqs=4)
-    >>> demands["seqs"].forecast(1)[0].size
-    4
-    """
-
-    def __init__(self, axes: Iterable[str], **options: Any) -> None:
-        if isinstance(axes, str):
-            raise TypeError(f"axes is {axes!r}: give a list of names, [{axes!r}] for that one alone")
-        self._models = {axis: DemandModel(**options) for axis in axes}
-
-    def _repr_html_(self) -> str:
-        return html.card("Demands", *(f"<div>{html.escape(axis)}</div>{m._repr_html_()}" for axis, m in self.items()))
-
-    def __getitem__(self, axis: str) -> DemandModel:
-        return self._models[axis]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._models)
-
-    def __len__(self) -> int:
-        return len(self._models)
-
-    def observe(self, **sizes: int) -> None:
-        """Record the size of each axis named; a bad one among them is refused before any is recorded."""
-        for axis, size in sizes.items():
-            if axis not in self._models:
-                raise KeyError(f"no axis {axis!r} here; there are {', '.join(self._models) or 'none'}")
-            whole_number(axis, size, least=1, most=MAX_SIZE)
-        for axis, size in sizes.items():
-            self._models[axis].observe(size)
-
-    def forecast(self, k: int) -> dict[str, tuple[Forecast, ...]]:
-        """Return each axis's `DemandModel.forecast`."""
-        return {axis: model.forecast(k) for axis, model in self._models.items()}
-
-    @classmethod
-    def merge(cls, many: Iterable[Demands]) -> Demands:
-        """Return the axes of all of ``many``, each merged as `DemandModel.merge` does."""
-        many = list(many)
-        merged = cls(())
-        for axis in sorted({axis for demands in many for axis in demands}):
-            merged._models[axis] = DemandModel.merge(d[axis] for d in many if axis in d)
-        return merged
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all axes to one file (.npz); a file there is replaced at once or not at all."""
-        _write(path, {f"{axis}/{k}": v for axis, model in self.items() for k, v in model._fields().items()})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, clock: Callable[[], float] = time.time) -> Demands:
-        """Return what `save` wrote; ValueError as for `DemandModel.load`."""
-
-        def read(fields: Mapping[str, NDArray[Any]]) -> Demands:
-            axes: dict[str, dict[str, NDArray[Any]]] = {}
-            for name, array in fields.items():
-                axis, slash, field = name.rpartition("/")
-                if not slash:
-                    raise ValueError(f"the array {name!r} belongs to no axis; DemandModel.load reads a single model")
-                axes.setdefault(axis, {})[field] = array
-            if len(axes) > MAX_AXES:
-                raise ValueError(f"{len(axes)} axes are more than {MAX_AXES}")
-            demands = cls(())
-            demands._models = {axis: DemandModel._read(found, clock) for axis, found in axes.items()}
-            return demands
-
-        return _parse(path, read)
 
 
 class _Learner:
@@ -588,23 +523,3 @@ def _increasing(buckets: Iterable[int]) -> tuple[int, ...]:
 
 def _remade(settings: dict[str, Any], clock: Callable[[], float], seen: Iterable[tuple[float, int]]) -> DemandModel:
     return DemandModel(**settings, clock=clock, seen=seen)
-
-
-def _write(path: str | os.PathLike[str], fields: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays to ``path``, so that a reader sees the old file or the new one."""
-    file = io.BytesIO()
-    np.savez_compressed(file, **dict(fields))  # type: ignore[arg-type]
-    files.replace(path, file.getvalue())
-
-
-def _parse(path: str | os.PathLike[str], read: Callable[[Mapping[str, NDArray[Any]]], Any]) -> Any:
-    """Return ``read`` of the arrays in a file, and any fault in either as one ValueError."""
-    try:
-        data = files.read_regular(path)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} cannot be read: {error}") from None
-    try:
-        return read(files.read_arrays(data))
-    except Exception as error:  # a damaged archive raises a dozen kinds, RuntimeError among them
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-    raise ValueError(f"{os.fspath(path)} holds no saved demand ({why}): save it again")
