@@ -81,13 +81,13 @@ class Listener(prediction.Ours):
 
     def __init__(self, sizes: NDArray[np.int64], warm_steps: int) -> None:
         super().__init__(sizes, warm_steps)
-        self.learner = self.model._learner
+        self.learner = self.model.learner
         self.estimates: list[NDArray[np.float32]] = []
 
     def observe(self, b: int) -> None:
         """Take in the bucket of a step."""
         super().observe(b)
-        self.estimates.append(self.learner._estimates[(self.learner.t - 1) % self.learner.horizon].copy())
+        self.estimates.append(self.learner.estimates[(self.learner.t - 1) % self.learner.horizon].copy())
 
 
 class Told(Listener):
@@ -98,8 +98,8 @@ class Told(Listener):
     def observe(self, b: int) -> None:
         """Take in the bucket of a step, and learn nothing."""
         learner = self.learner
-        learner._estimates[learner.t % learner.horizon] = self.told[learner.t]
-        learner._now = b
+        learner.estimates[learner.t % learner.horizon] = self.told[learner.t]
+        learner.history.now = b
         learner.t += 1
 
 
@@ -146,7 +146,7 @@ def run(smoke: bool, *, traces: str | Path | None = None, limit: int = 8_000) ->
             estimates = np.clip(np.array(listener.estimates), 1e-4, 1 - 1e-4)
             learner = listener.learner
             low = np.array([0, 0, warm_steps, warm_steps])
-            high = learner._steps.astype(np.int64)
+            high = np.array([4, learner.horizon, warm_steps + 2, warm_steps + 8])
             past = np.concatenate([features(ids, len(sizes)), np.log(estimates / (1 - estimates))], 2)
             Told.told = trees(past, outcomes(ids, len(sizes), low, high), learner.horizon, 10 if smoke else TREES)
             for _, k, against, _ in (row for row in ROWS if row[0] == case):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import functools
 import json
 import time
 from collections import Counter, OrderedDict, deque
@@ -22,7 +23,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from numbabuf.demand import model as demand
+from numbabuf.demand import learner
 from numbabuf.demand.buckets import Cost, Refitter, padded
 from numbabuf.demand.model import DemandModel
 from numbabuf.demand.planning import SGLANG, TENSORRT_LLM, VLLM
@@ -518,14 +519,13 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all of it": {},
     **{
-        f"without {table}": {"TABLES": tuple(t for t in demand._Learner.TABLES if t != table)}
-        for table in demand._Learner.TABLES
+        f"without {table}": {"tables": tuple(t for t in learner.TABLES if t != table)} for table in learner.TABLES
     },
-    "equal weights, not learned": {"LEARN": np.float32(0)},
-    "forget over 1/8 window": {"FORGET": 0.125},
-    "forget over 1/2 window": {"FORGET": 0.5},
-    "weights learn 3 times faster": {"LEARN": np.float32(0.003)},
-    "weights learn 3 times slower": {"LEARN": np.float32(0.0003)},
+    "equal weights, not learned": {"learn": 0.0},
+    "forget over 1/8 window": {"forget": 0.125},
+    "forget over 1/2 window": {"forget": 0.5},
+    "weights learn 3 times faster": {"learn": 0.003},
+    "weights learn 3 times slower": {"learn": 0.0003},
 }
 
 
@@ -533,10 +533,10 @@ def ablation(found: dict[str, dict[str, Ints]]) -> list[dict[str, Any]]:
     """Each variant's ratio in each of `ROWS` (but the longer warm-up), and its lead in thousandths over all
     of it."""
     rows: list[dict[str, Any]] = []
-    whole = demand._Learner
+    whole = learner.Learner
     for variant, changes in ABLATIONS.items():
         row: dict[str, Any] = {"variant": variant}
-        demand._Learner = type("_Learner", (whole,), changes)  # type: ignore[misc, assignment]
+        learner.Learner = functools.partial(whole, **changes)  # type: ignore[misc, assignment]
         try:
             for case, k, against, _ in ROWS:
                 kind, grid, warm_steps = CASES[case]
@@ -554,7 +554,7 @@ def ablation(found: dict[str, dict[str, Ints]]) -> list[dict[str, Any]]:
                     )
                 row[f"{case} k={k}"] = float(np.mean(ours) / np.mean(oracle))
         finally:
-            demand._Learner = whole  # type: ignore[misc, assignment]
+            learner.Learner = whole  # type: ignore[misc]
         rows.append(row)
     return rows
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numbabuf.demand import model as demand
+from numbabuf.demand.learner import Learner
 from numbabuf.demand.model import DemandModel
 from numbabuf.errors import BusyError
 
@@ -44,7 +45,7 @@ def ticking(start=0.0, step=1.0):
 
 
 def content(model):
-    return list(model._seen), model.settings
+    return list(model.seen), model.settings
 
 
 # ------------------------------------------------------------------------------------------------ the window
@@ -130,7 +131,7 @@ def test_buckets_grow_with_demand_and_keep_what_was_seen():
     assert model.buckets[-1] == 16
     feed(model, [1000])
     assert model.buckets[-1] == 1024
-    assert model._learner.t == 51
+    assert len(model) == 51
     assert model.forecast(1)[0].size in (3, 1024)
 
 
@@ -196,7 +197,7 @@ def test_probabilities_are_calibrated():
 def test_outcomes_are_read_from_the_steps_that_followed(monkeypatch):
     """The learner's bookkeeping against the plain definition: is the next use within the window?"""
     rng = random.Random(2)
-    learner = demand._Learner(6, 64, 3)
+    learner = Learner(6, 64, 3)
     seen = []
     windows = [(0, 4), (0, learner.horizon), (3, 5), (3, 11)]
     for t in range(300):
@@ -210,26 +211,26 @@ def test_outcomes_are_read_from_the_steps_that_followed(monkeypatch):
             after = seen[source + 1 :]
             ahead = after.index(bucket) + 1 if bucket in after else 10**6
             expected = [low < ahead <= high for low, high in windows]
-            assert (learner._outcomes[learner._until[bucket]] > 0.5).tolist() == expected, (t, bucket)
+            assert (learner.windows.outcomes[learner.until[bucket]] > 0.5).tolist() == expected, (t, bucket)
 
 
 def test_a_situation_is_looked_up_once_a_step():
     """Rows are written with plain indexing, which is right only if no row comes twice."""
     rng = random.Random(3)
-    learner = demand._Learner(9, 64, 2)
+    learner = Learner(9, 64, 2)
     for _ in range(200):
         learner.observe(rng.randrange(9))
-        rows = learner._rows[(learner.t - 1) % learner.horizon]
+        rows = learner.rows[(learner.t - 1) % learner.horizon]
         assert np.unique(rows).size == rows.size
-        assert rows.min() >= 0 and rows.max() < len(learner._share)
+        assert rows.min() >= 0 and rows.max() < len(learner.tables.share)
 
 
 def told(estimates, warm=()):
     """A learner of as many buckets as there are estimates, shape (m, 4), of which some are warm."""
-    learner = demand._Learner(len(estimates), 64, 8)
+    learner = Learner(len(estimates), 64, 8)
     learner.observe(len(estimates) - 1)  # the last is in use, and its estimates below may say otherwise
-    learner._estimates[0] = estimates
-    learner._ready[list(warm)] = 0
+    learner.estimates[0] = estimates
+    learner.ready[list(warm)] = 0
     return learner
 
 
@@ -249,44 +250,44 @@ def test_only_what_is_warm_can_catch_a_use_that_comes_before_a_warm_up():
 def test_a_warm_up_goes_on_while_its_bucket_is_named_and_ends_in_warm_steps():
     learner = told([[0, 0.3, 0.3, 0.3], [0, 0, 0, 0]])
     for t in range(1, 12):
-        learner._estimates[(learner.t - 1) % learner.horizon] = learner._estimates[0]
+        learner.estimates[(learner.t - 1) % learner.horizon] = learner.estimates[0]
         assert learner.forecast(1)[0] == [0]
-        assert learner._ready[0] == max(1 + learner.warm_steps, t)
+        assert learner.ready[0] == max(1 + learner.warm_steps, t)
         learner.observe(1)
 
 
 def test_counters_forget_over_a_quarter_of_the_window():
-    learner = demand._Learner(2, 1024, 8)
+    learner = Learner(2, 1024, 8)
     shares = []
     for b in [0] * 4000 + [1] * 300:
         learner.observe(b)
-        shares.append(float(learner._share[0, 0]))  # the rate of bucket 0, within 4 steps
+        shares.append(float(learner.tables.share[0, 0]))  # the rate of bucket 0, within 4 steps
     assert shares[3999] > 0.99
     assert shares[-1] < 0.5
 
 
 def test_very_many_buckets_take_little_memory():
-    learner = demand._Learner(5000, 1024, 8)
+    learner = Learner(5000, 1024, 8)
     for b in (0, 4999, 2500):
         learner.observe(b)
-    assert learner._share.nbytes < 16e6
-    assert learner._rows.max() < len(learner._share)
+    assert learner.tables.share.nbytes < 16e6
+    assert learner.rows.max() < len(learner.tables.share)
 
 
 def test_estimates_stay_numbers_under_any_demand():
-    learner = demand._Learner(40, 1024, 8)
+    learner = Learner(40, 1024, 8)
     for b in [0] * 3000 + [39] * 10 + list(range(40)) * 20:
         learner.observe(b)
-    assert np.isfinite(learner._weight).all()
-    assert np.isfinite(learner._estimates).all()
+    assert np.isfinite(learner.tables.weight).all()
+    assert np.isfinite(learner.estimates).all()
 
 
 @pytest.mark.parametrize("window", [64, 2048, 1 << 16])
 def test_a_size_beyond_all_buckets_costs_the_same_whatever_the_window(monkeypatch, window):
     model = DemandModel(window, seen=[(0.0, 3)] * window)
     learned = []
-    observe = demand._Learner.observe
-    monkeypatch.setattr(demand._Learner, "observe", lambda self, b: (learned.append(b), observe(self, b)))
+    observe = Learner.observe
+    monkeypatch.setattr(Learner, "observe", lambda self, b: (learned.append(b), observe(self, b)))
     costs = []
     for size in (40, 39, 1000, 999, 1 << 30):
         learned.clear()
@@ -300,7 +301,7 @@ def test_a_size_beyond_all_buckets_costs_the_same_whatever_the_window(monkeypatc
 def test_a_call_from_within_a_call_of_the_same_thread_is_refused(monkeypatch):
     """As a signal handler makes it, in the middle of an update."""
     model, refused = DemandModel(8), []
-    observe = demand._Learner.observe
+    observe = Learner.observe
 
     def interrupted(self, b):
         for call in (lambda: model.observe(4), lambda: model.forecast(1), model.histogram):
@@ -309,7 +310,7 @@ def test_a_call_from_within_a_call_of_the_same_thread_is_refused(monkeypatch):
             refused.append(call)
         observe(self, b)
 
-    monkeypatch.setattr(demand._Learner, "observe", interrupted)
+    monkeypatch.setattr(Learner, "observe", interrupted)
     model.observe(3)
     assert len(refused) == 3 and [size for _, size in model.seen] == [3]
 
@@ -374,7 +375,7 @@ def test_merging_knows_no_grouping_where_clocks_stand_still_or_go_back(streams):
 def test_a_merged_window_is_the_newest_of_all(streams):
     models = workers(streams)
     merged = DemandModel.merge(models)
-    assert list(merged._seen) == sorted(pair for model in models for pair in model._seen)[-12:]
+    assert list(merged.seen) == sorted(pair for model in models for pair in model.seen)[-12:]
     assert sum(merged.histogram()[1].tolist()) == len(merged)
 
 

@@ -26,6 +26,7 @@ from .. import files
 from ..checks import whole_number
 from ..errors import BusyError
 from ..view import html
+from . import learner
 
 __all__ = ["DemandModel", "Forecast"]
 
@@ -52,9 +53,6 @@ LEARNED = 1 << 16
 
 RELEARNED = 1 << 10
 """Those learned again when demand outgrows the buckets; once a doubling, whatever the window."""
-
-NEVER = 1 << 60
-"""A step that does not come."""
 
 
 class Forecast(NamedTuple):
@@ -183,7 +181,7 @@ class DemandModel:
     @property
     def horizon(self) -> int:
         """Steps ahead that the probabilities of a forecast speak of: a warm-up and 8 more."""
-        return self._learner.horizon
+        return self.learner.horizon
 
     def observe(self, size: int) -> None:
         """Record that one step needed ``size``.
@@ -199,7 +197,7 @@ class DemandModel:
             if size > self._buckets[-1] and not self._fixed:
                 self._learn(_four_per_doubling(size), RELEARNED)  # this step with them
             else:
-                self._learner.observe(self._index(size))
+                self.learner.observe(self._index(size))
 
     def claim(self, owner: object) -> None:
         """Make the model `owner`'s, until `let_go`, or until there is no owner any more.
@@ -236,7 +234,7 @@ class DemandModel:
         """
         k = whole_number("k", k, least=1, most=1 << 24)
         with self._turn:
-            chosen, probability = self._learner.forecast(k)
+            chosen, probability = self.learner.forecast(k)
             buckets = self._buckets
         return tuple(Forecast(buckets[i], p) for i, p in zip(chosen, probability, strict=True))
 
@@ -346,155 +344,9 @@ class DemandModel:
             )
         self._buckets = buckets
         self._at: dict[int, int] = {}
-        self._learner = _Learner(len(buckets), self.window, self.warm_steps)
+        self.learner = learner.Learner(len(buckets), self.window, self.warm_steps)
         for _, size in itertools.islice(self._seen, max(0, len(self._seen) - newest), None):
-            self._learner.observe(self._index(size))
-
-
-class _Learner:
-    """Estimates when each of ``m`` buckets is used next, and picks those most worth a place.
-
-    What is estimated. Once a bucket is used it exists, so having it ready ahead buys exactly one hit, at its
-    next use, and takes a place until then. Four probabilities say when that use falls, in steps ahead:
-
-        (0, 4], (0, horizon]              what keeping a warm bucket can catch
-        (warm, warm+2], (warm, warm+8]    what a warm-up that starts now can catch
-
-    How. Four tables of counters hold the share of past steps, in a like situation of the bucket, after which
-    its use did fall into the window. Each step the tables' logits are added up with weights learned on line
-    by logistic regression, so tables that know nothing of this demand fade out. Outcomes are counted
-    ``horizon`` steps late, when they are known.
-    """
-
-    TABLES = ("usage", "after", "trend", "idle")
-    """Situations: none (the plain rate); which bucket is in use, and whether it was reached upwards or
-    downwards; the distance from it and the move over the last 4 steps; the steps since the bucket's own last
-    use. All but ``trend``, which carries over to sizes never seen, are kept for each bucket by itself."""
-
-    FORGET = 0.25
-    """Share of the window over which counters average."""
-    LEARN = np.float32(0.001)
-    """Step of the weights, in units of the usual slope."""
-    FAR = 8
-    """Moves over 4 steps are told apart up to this many buckets."""
-    AGES = np.array([n if n < 32 else min(51, int(32 + 4 * math.log2(n / 32))) for n in range(1025)])
-    """Class of each number of steps without use: its own up to 32, four a doubling beyond, one from 1,024."""
-
-    def __init__(self, m: int, window: int, warm_steps: int) -> None:
-        self.m, self.warm_steps = m, warm_steps
-        self.horizon = warm_steps + 8
-        low = np.array([0, 0, warm_steps, warm_steps])
-        high = np.array([4, self.horizon, warm_steps + 2, warm_steps + 8])
-        H, W, E = low.size, self.horizon, len(self.TABLES)
-        # Row n: did a use n steps ahead fall into each window? Kept off 0 and 1, so that logits are finite.
-        ahead = np.arange(W + 2)[:, None]
-        self._outcomes = np.where((ahead > low) & (ahead <= high), 0.999, 0.001).astype(np.float32)
-        # A place is taken to the end of the window or, if the use comes, on average to the middle of it.
-        self._steps = high.astype(np.float32)
-        self._saved = ((high - low - 1) / 2).astype(np.float32)
-
-        # Beyond 256 buckets "after" tells fewer of them apart, so that its table stays small.
-        self._groups = min(m, max(1, (1 << 16) // m))
-        moves = 2 * self.FAR + 1
-        rows = {
-            "usage": m,
-            "after": 3 * self._groups * m,
-            "trend": moves * 2 * m,
-            "idle": 52 * m,
-        }
-        start = np.cumsum([0] + [rows[table] for table in self.TABLES])
-        self._share = np.empty((start[-1], H), np.float32)  # the tables, one below the other
-        self._share[:] = np.minimum((high - low) / (m + 1), 0.5)
-        self._rate = np.full(start[-1], 0.5, np.float32)  # how much of a new outcome each row takes in
-        self._slowest = np.float32(1 / max(1, self.FORGET * window))
-        self._weight = np.full(E, 1 / E, np.float32)
-        self._slope = np.ones(E, np.float32)  # usual size, squared
-
-        apart = np.array([52 if table == "idle" else 1 for table in self.TABLES])
-        self._own = start[:-1, None] + apart[:, None] * np.arange(m)  # [E, m], each bucket's first row
-        self._offset = np.zeros((E, 1), np.intp)
-        self._row = {table: i for i, table in enumerate(self.TABLES)}
-        # Rings over the last W steps: rows looked up, their logits, the estimates; and the buckets used,
-        # written twice so that any W of them lie in a row.
-        self._rows = np.zeros((W, E, m), np.intp)
-        self._logits = np.zeros((W, E, m, H), np.float32)
-        self._estimates = np.zeros((W, m, H), np.float32)
-        self._past = np.zeros(2 * W, np.intp)
-        self._countdown = np.arange(W, 0, -1)
-        self._until = np.empty(m, np.intp)  # [m], steps from the source to the bucket's next use
-        self._used = np.full(m, -1 << 20)  # [m], step of the last use
-        self._ready = np.full(m, NEVER)  # [m], step from which the bucket is warm, if forecasts are followed
-        self.t = self._now = self._direction = 0
-
-    def observe(self, b: int) -> None:
-        """Take in that bucket ``b`` is used now: learn how a step ``horizon`` ago went on, then look
-        ahead."""
-        t, m, slot = self.t, self.m, self.t % self.horizon
-        self._past[slot] = self._past[slot + self.horizon] = b
-        if t >= self.horizon:
-            self._learn(slot)
-        if b != self._now:
-            self._direction = 1 if b > self._now else 2
-            self._now = b
-        self._used[b] = t
-        move = b - int(self._past[(t - 4) % self.horizon]) if t >= 4 else 0
-        offsets = {
-            "after": (3 * (b * self._groups // m) + self._direction) * m,
-            "trend": (2 * (min(max(move, -self.FAR), self.FAR) + self.FAR) + 1) * m - b,
-        }
-        for table, offset in offsets.items():
-            if table in self._row:
-                self._offset[self._row[table]] = offset
-        rows = np.add(self._own, self._offset, out=self._rows[slot])
-        if "idle" in self._row:
-            rows[self._row["idle"]] += self.AGES.take(t - self._used, mode="clip")
-        share = self._share.take(rows, 0)
-        logits = np.log(share / (1 - share), out=self._logits[slot])
-        odds = np.exp(np.minimum(self._weight @ logits.reshape(len(rows), -1), 30))
-        np.divide(odds, 1 + odds, out=self._estimates[slot].reshape(-1))
-        self.t = t + 1
-
-    def _learn(self, slot: int) -> None:
-        """Compare the estimates made ``horizon`` steps ago with what came; ``slot`` still holds their
-        workings."""
-        self._until.fill(self.horizon + 1)
-        # Last to first, so that of several uses of one bucket the soonest is what stays.
-        self._until[self._past[slot + self.horizon : slot : -1]] = self._countdown
-        outcome = self._outcomes.take(self._until, 0)  # [m, H]
-        error = outcome - self._estimates[slot]
-        logits = self._logits[slot]
-        slope = logits.reshape(len(logits), -1) @ error.reshape(-1)
-        self._slope += np.float32(0.005) * (slope * slope - self._slope)
-        self._weight += self.LEARN * slope / (np.sqrt(self._slope) + np.float32(1e-4))
-        rows = self._rows[slot].reshape(-1)  # no row twice, so plain indexing is enough
-        rate = self._rate.take(rows)
-        rate /= 1 + rate  # 1/3, 1/4, 1/5 ...: a mean in which the start counts twice
-        np.maximum(rate, self._slowest, out=rate)
-        share = self._share.take(rows, 0)
-        change = (outcome - share.reshape(logits.shape)).reshape(share.shape)
-        change *= rate[:, None]
-        share += change
-        self._rate[rows] = rate
-        self._share[rows] = share
-
-    def forecast(self, k: int) -> tuple[list[int], list[float]]:
-        """Return the ``k`` buckets of most expected hits for each step that they take a place, and their
-        chances."""
-        if not self.t:
-            return [], []
-        t, ready = self.t, self._ready
-        ready[self._now] = min(ready[self._now], t)  # it was used, so it exists
-        p = self._estimates[(t - 1) % self.horizon]
-        hits = (p / (self._steps - self._saved * p)).T  # [H, m], for each step of the place
-        keep, fetch = np.maximum(hits[0], hits[1]), np.maximum(hits[2], hits[3])
-        wait = np.minimum(np.maximum(ready - t, 0), self.warm_steps)
-        value = keep + (fetch - keep) * (wait * (1 / self.warm_steps))  # half warm, half of each
-        k = min(k, self.m)
-        best = value.argpartition(self.m - k)[self.m - k :]
-        best = best[(-value[best]).argsort()]
-        self._ready = np.full(self.m, NEVER)
-        self._ready[best] = t + wait[best]
-        return best.tolist(), p[best, 1].tolist()
+            self.learner.observe(self._index(size))
 
 
 def _observation(at: float, size: int) -> tuple[float, int]:
