@@ -231,7 +231,7 @@ def test_threads_may_launch_at_once(stream):
 
 def test_loads_and_stores_of_each_width_on_the_host():
     """In the simulator, and where numba has no CUDA target, the accesses of kernels work on host memory."""
-    operations = access._simulated()
+    operations = access.on_host()
     memory = np.zeros(64, np.uint8)
     at = memory.ctypes.data + (-memory.ctypes.data % 16)
     for width in (1, 2, 4, 8):

@@ -38,7 +38,7 @@ FACTORY = "predict.factory"
 VIEWS = {"view.html", "view.progress"}  # until objects ask for their view by name
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")
-REQUIRED = {"numba", "numpy", "numbabuf"} | sys.stdlib_module_names
+REQUIRED = {"numba", "llvmlite", "numpy", "numbabuf"} | sys.stdlib_module_names
 
 
 def module_name(path):

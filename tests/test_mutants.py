@@ -19,6 +19,7 @@ from numbabuf._cuda import kernels
 from numbabuf.pool import ordering, store
 from numbabuf.step import arena, graph, service, slot
 from numbabuf.step import ring as staging
+from numbabuf._cuda.open_captures import OpenCapture
 
 STEPS = 60
 
@@ -154,7 +155,7 @@ MUTANTS = {
     ),
     "padding skipped": (run_ring, (), (slot.InputSlot, "describe", "= padded * width", "= live * width")),
     "graph operand dropped": (
-        run_operands, STUB, (_cuda.Capture, "keep", "self._operands.extend(kept(operand))", "pass"),
+        run_operands, STUB, (OpenCapture, "keep", "self.operands += [operand,", "_ = [operand,"),
     ),
     # And more of their kinds.
     "retirement check one late": (run_ring, STUB, (RING, "acquire", ">= self.depth", "> self.depth")),

@@ -85,15 +85,11 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
                 addresses.remove(address)
 
     def forget_idle(self):
-        """After a trim: drop from the model what the pool has freed, and nothing else.
-
-        The system may give a freed address to a new block at once, then of another capacity.
-        """
-        there = {block.address: block.nbytes for block in self.pool._store.blocks}
-        for address in self.idle_addresses():
-            if there.get(address) != self.blocks[address]:
-                self.take(address)
-                del self.blocks[address]
+        """After a trim: drop from the model what the pool has freed, and nothing else."""
+        there = {block.address for block in self.pool._store.blocks}
+        for address in self.idle_addresses() - there:
+            self.take(address)
+            del self.blocks[address]
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -141,6 +137,7 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
 
     @rule(wanted=st.lists(specs, max_size=4))
     def reserve(self, wanted):
+        before = self.idle_addresses()
         try:
             self.pool.reserve(wanted)
         except TierFullError:
@@ -150,9 +147,12 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             return
         self.forget_idle()
         for shelf in self.pool._store.shelves:
+            for ticket in shelf.ready:
+                if ticket.block.address not in before:
+                    self.blocks[ticket.block.address] = ticket.block.nbytes
             self.idle[shelf.spec] = [ticket.block.address for ticket in shelf.ready]
-            self.blocks.update((ticket.block.address, ticket.block.nbytes) for ticket in shelf.ready)
             assert len(self.idle[shelf.spec]) >= wanted.count(shelf.spec)
+        assert before - self.idle_addresses() == before - set(self.blocks)
 
     @rule()
     def scope_begins_or_ends(self):

@@ -11,6 +11,9 @@ PTX counts as a strong access of the whole system's scope. The weak `store8` may
 
 from __future__ import annotations
 
+import ctypes
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from numba.core import config
@@ -19,142 +22,71 @@ __all__ = [
     "add8", "load1", "load2", "load4", "load8", "load16", "publish8", "store1", "store2", "store4", "store8", "store16",
 ]  # fmt: skip
 
-
-def _simulated() -> dict[str, Any]:
-    """The same operations on host memory, for the simulator."""
-    import ctypes
-    import threading
-
-    lock = threading.Lock()  # stands in for the atomicity of `add8` between the simulator's threads
-
-    def pair(kind: Any) -> tuple[Any, Any]:
-        def load(addr: int) -> int:
-            return kind.from_address(int(addr)).value
-
-        def store(addr: int, value: int) -> None:
-            kind.from_address(int(addr)).value = int(value)
-
-        return load, store
-
-    def load16(addr: int) -> tuple[int, int]:
-        words = (ctypes.c_int64 * 2).from_address(int(addr))
-        return words[0], words[1]
-
-    def store16(addr: int, low: int, high: int) -> None:
-        words = (ctypes.c_int64 * 2).from_address(int(addr))
-        words[0], words[1] = int(low), int(high)
-
-    def add8(addr: int, value: int) -> int:
-        with lock:
-            word = ctypes.c_int64.from_address(int(addr))
-            old = word.value
-            word.value = old + int(value)
-            return old
-
-    load1, store1 = pair(ctypes.c_uint8)
-    load2, store2 = pair(ctypes.c_uint16)
-    load4, store4 = pair(ctypes.c_uint32)
-    load8, store8 = pair(ctypes.c_int64)
-    publish8 = store8
-    return {name: value for name, value in locals().items() if name in __all__}
+_KINDS = {1: ctypes.c_uint8, 2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_int64}
+_adding = threading.Lock()  # stands in for the atomicity of `add8` between the simulator's threads
 
 
-def _compiled() -> dict[str, Any]:
-    """LLVM intrinsics in the global address space."""
-    from llvmlite import ir
-    from numba.cuda import cgutils, types
-    from numba.cuda.extending import intrinsic
+def _host_load(nbytes: int) -> Callable[[int], int]:
+    kind = _KINDS[nbytes]
 
-    word = ir.IntType(64)
-    vector = ir.VectorType(word, 2)
-    int32 = ir.IntType(32)
-    global_space = 1
+    def load(addr: int) -> int:
+        return kind.from_address(int(addr)).value
 
-    def pointer(context: Any, builder: Any, value: Any, kind: Any, to: Any) -> Any:
-        addr = context.cast(builder, value, kind, types.uint64)
-        return builder.inttoptr(addr, ir.PointerType(to, global_space))
+    return load
 
-    def named(function: Any, name: str) -> Any:
-        function.__name__ = function.__qualname__ = name
-        return intrinsic(function)
 
-    def integers(bits: int) -> tuple[Any, Any]:
-        kind = ir.IntType(bits)
+def _host_store(nbytes: int) -> Callable[[int, int], None]:
+    kind = _KINDS[nbytes]
 
-        def load(typingctx: Any, addr: Any) -> Any:
-            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-                value = builder.load(pointer(context, builder, args[0], sig.args[0], kind))
-                value.align = bits // 8
-                return value if bits == 64 else builder.zext(value, word)
+    def store(addr: int, value: int) -> None:
+        kind.from_address(int(addr)).value = int(value)
 
-            return types.int64(addr), codegen
+    return store
 
-        def store(typingctx: Any, addr: Any, value: Any) -> Any:
-            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-                wide = context.cast(builder, args[1], sig.args[1], types.int64)
-                narrow = wide if bits == 64 else builder.trunc(wide, kind)
-                done = builder.store(narrow, pointer(context, builder, args[0], sig.args[0], kind))
-                done.align = bits // 8
-                return context.get_dummy_value()
 
-            return types.void(addr, value), codegen
+def _host_load16(addr: int) -> tuple[int, int]:
+    words = (ctypes.c_int64 * 2).from_address(int(addr))
+    return words[0], words[1]
 
-        return named(load, f"load{bits // 8}"), named(store, f"store{bits // 8}")
 
-    def publish8(typingctx: Any, addr: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            wide = context.cast(builder, args[1], sig.args[1], types.int64)
-            place = context.cast(builder, args[0], sig.args[0], types.int64)
-            # llvmlite cannot spell a volatile store, so PTX does; as it clobbers memory, no other access moves past it
-            kind = ir.FunctionType(ir.VoidType(), (word, word))
-            builder.asm(kind, "st.volatile.global.u64 [$0], $1;", "l,l,~{memory}", (place, wide), side_effect=True)
-            return context.get_dummy_value()
+def _host_store16(addr: int, low: int, high: int) -> None:
+    words = (ctypes.c_int64 * 2).from_address(int(addr))
+    words[0], words[1] = int(low), int(high)
 
-        return types.void(addr, value), codegen
 
-    def load16(typingctx: Any, addr: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            value = builder.load(pointer(context, builder, args[0], sig.args[0], vector))
-            value.align = 16
-            halves = [builder.extract_element(value, ir.Constant(int32, i)) for i in (0, 1)]
-            return cgutils.pack_array(builder, halves)
+def _host_add8(addr: int, value: int) -> int:
+    with _adding:
+        word = ctypes.c_int64.from_address(int(addr))
+        old = word.value
+        word.value = old + int(value)
+        return old
 
-        return types.UniTuple(types.int64, 2)(addr), codegen
 
-    def store16(typingctx: Any, addr: Any, low: Any, high: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            value = ir.Constant(vector, ir.Undefined)
-            for i in (0, 1):
-                half = context.cast(builder, args[i + 1], sig.args[i + 1], types.int64)
-                value = builder.insert_element(value, half, ir.Constant(int32, i))
-            done = builder.store(value, pointer(context, builder, args[0], sig.args[0], vector))
-            done.align = 16
-            return context.get_dummy_value()
-
-        return types.void(addr, low, high), codegen
-
-    def add8(typingctx: Any, addr: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            wide = context.cast(builder, args[1], sig.args[1], types.int64)
-            return builder.atomic_rmw("add", pointer(context, builder, args[0], sig.args[0], word), wide, "monotonic")
-
-        return types.int64(addr, value), codegen
-
-    made: dict[str, Any] = {}
-    for bits in (8, 16, 32, 64):
-        made[f"load{bits // 8}"], made[f"store{bits // 8}"] = integers(bits)
-    for function in (load16, store16, publish8, add8):
-        made[function.__name__] = intrinsic(function)
+def on_host() -> dict[str, Callable[..., Any]]:
+    """Return the operations, by name, on host memory: what the simulator runs."""
+    made: dict[str, Callable[..., Any]] = {"load16": _host_load16, "store16": _host_store16, "add8": _host_add8}
+    made["publish8"] = _host_store(8)
+    for nbytes in _KINDS:
+        made |= {f"load{nbytes}": _host_load(nbytes), f"store{nbytes}": _host_store(nbytes)}
     return made
 
 
-def _operations() -> dict[str, Any]:
+def _compiled() -> dict[str, Callable[..., Any]]:
+    from . import intrinsics
+
+    made = {name: getattr(intrinsics, name) for name in ("load16", "store16", "publish8", "add8")}
+    for nbytes in _KINDS:
+        made |= {f"load{nbytes}": intrinsics.load(nbytes), f"store{nbytes}": intrinsics.store(nbytes)}
+    return made
+
+
+def _operations() -> dict[str, Callable[..., Any]]:
     if config.ENABLE_CUDASIM:
-        return _simulated()
+        return on_host()
     try:
         return _compiled()
     except ImportError:  # numba without numba-cuda: `_cuda.require` refuses with the remedy at first use
-        return _simulated()
+        return on_host()
 
 
 _made = _operations()

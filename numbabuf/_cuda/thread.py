@@ -1,16 +1,30 @@
-"""What the door knows of a thread and of a context, and what a capture refuses, for both backends alike.
+"""What the door knows of a thread, of a context and of a fork, for both backends alike.
 
 Knows no driver. Sits below both backends.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
-from threading import get_ident
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-__all__ = ["ALLOCATION", "WAIT", "WRITE", "Lifetime", "capture_here", "refusal", "this_thread"]
+from ..errors import BackendError
+
+__all__ = ["Lifetime", "become_ready", "this_thread", "watch_forks"]
+
+_HOW_TO = (
+    "To run on a GPU: pip install numbabuf[cu13] (or [cu12]) on a machine with an NVIDIA driver. "
+    "To run without one: set NUMBA_ENABLE_CUDASIM=1 in the environment before Python starts."
+)
+
+
+class _Holder(Protocol):
+    """What holds memory of a context and is told of its end."""
+
+    def context_ended(self) -> None: ...
 
 
 class Lifetime:
@@ -27,7 +41,7 @@ class Lifetime:
 
     def __init__(self) -> None:
         self.ended = False
-        self.holders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.holders: weakref.WeakSet[_Holder] = weakref.WeakSet()
 
     def end(self) -> None:
         """Say that the context is closed."""
@@ -38,7 +52,7 @@ class Lifetime:
 
 class _Thread(threading.local):
     ready = False
-    lifetime: Lifetime | None = None
+    lifetime = Lifetime()
     default: Any = None
 
     def __init__(self) -> None:
@@ -52,19 +66,33 @@ context is current per thread, and a thread's identifier will not do: a thread t
 `default`: its per-thread default stream."""
 
 
-def capture_here(captures: dict[int, Any]) -> Any:
-    """Return the capture that this very thread has open, or None; an earlier thread with its number does not count."""
-    if not captures:
-        return None
-    capture = captures.get(get_ident())
-    return capture if capture is not None and capture.token is this_thread.token else None
+def become_ready(attempt: Callable[[], Lifetime]) -> None:
+    """Make this thread ready by `attempt`, which returns the life of its context; BackendError where it cannot."""
+    try:
+        this_thread.lifetime = attempt()
+    except Exception as error:
+        raise BackendError(f"no CUDA device can be used ({type(error).__name__}: {error}). {_HOW_TO}") from error
+    this_thread.ready = True
 
 
-ALLOCATION = "memory was asked for", "allocate it before the capture, or reserve it in a pool"
-WAIT = "a synchronisation was asked for", "wait after the replay, not in what is captured"
-WRITE = "an array was written from the host", "write it before the capture, or give it to the step as an input"
+# ---------------------------------------------------------------------------------------------------------------- fork
+
+_in_child: list[Callable[[], None]] = []
 
 
-def refusal(what: str, remedy: str) -> str:
-    """The text of the CaptureError for what no capture can hold, the same on both backends."""
-    return f"{what} inside a captured function, which a graph cannot replay: {remedy}"
+def watch_forks(act: Callable[[], None]) -> None:
+    """Call `act` in every process that is forked from this one, before anything else runs there.
+
+    The driver does not serve a forked process, so what holds memory of it shall say that it is closed, free nothing
+    and report nothing. Acts run in the order in which they were registered.
+    """
+    _in_child.append(act)
+
+
+def _after_fork_in_child() -> None:
+    for act in _in_child:
+        act()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

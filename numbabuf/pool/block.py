@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -99,12 +99,12 @@ class Block:
         self.tier = spec.tier
         self.nbytes = nbytes
         # One driver allocation, by the door's own functions: looked up here, so that a test may replace them.
-        make = {
+        make: Callable[[int], Any] = {
             Tier.DEVICE: _cuda.empty_device,
             Tier.MANAGED: _cuda.empty_managed,
             Tier.PINNED: _cuda.empty_pinned,
         }[spec.tier]
-        self.base = make(nbytes)
+        self.base: Any = make(nbytes)
         self.address = _cuda.address(self.base)
         self.views: dict[BufferSpec, Any] = {}
         self.device_views: dict[BufferSpec, Any] = {}
@@ -126,7 +126,7 @@ class Block:
         if array is None:
             if len(self.views) >= _MAX_VIEWS:
                 self.views.clear()
-            view = _cuda.device_view if spec.tier is Tier.DEVICE else _cuda.host_view
+            view: Callable[..., Any] = _cuda.device_view if spec.tier is Tier.DEVICE else _cuda.host_view
             array = self.views[spec] = view(self.base, 0, spec.shape, spec.dtype)
         self.spec = spec
         self.array = array

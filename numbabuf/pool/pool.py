@@ -7,7 +7,6 @@ tiers and predicts nothing. Sits above `entry`, `store` and `ladder`, below `hie
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -605,5 +604,4 @@ def _after_fork_in_child() -> None:
         pool._disown()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+_cuda.watch_forks(_after_fork_in_child)

@@ -341,7 +341,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         if stream is not None:
-            wrapped = _cuda.as_stream(stream)
+            wrapped: _cuda.Stream | None = _cuda.as_stream(stream)
             _refuse_captured(wrapped)
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
