@@ -112,6 +112,11 @@ def contents(manager):
     return {name: to_host(array, manager.stream) for name, array in manager.get_static_tensors().items()}
 
 
+def html(thing):
+    """What a notebook shows of `thing`."""
+    return thing._repr_html_()
+
+
 def collect():
     """Run the collector until it finds nothing."""
     while gc.collect():

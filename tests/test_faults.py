@@ -23,6 +23,11 @@ def ids(n):
     return np.arange(1, n + 1)
 
 
+def slot_address(manager):
+    """Where the manager's slots lie, in its one allocation of device memory."""
+    return _cuda.address(manager.get_slot("input_ids").array)
+
+
 @contextlib.contextmanager
 def failing(stub, spec):
     """Let a driver call fail; gives a function that says whether it did."""
@@ -285,7 +290,7 @@ def test_a_reset_that_fails_as_well_is_made_up_for(stub, mode):
             with pytest.raises(Exception, match="cuGraphLaunch|UNKNOWN|LAUNCH"):
                 m.replay({"input_ids": ids(3)}, 3)
             assert reset_failed()
-            assert "staged" in m._repr_html_()
+            assert "staged" in kit.html(m)
             with pytest.raises(Exception, match="cuMemcpyHtoDAsync"):
                 m.replay({"input_ids": ids(3)}, 3)
         for n in range(1, 8):
@@ -322,7 +327,7 @@ def test_slots_on_memory_that_the_default_stream_still_writes(stub, seed):
         entry.release()
         with InputBufferManager(pool, 4, 8, buckets=[8, 16]) as m:
             m.stage_inputs({"input_ids": ids(5)}, 5)
-            assert m._arena._table_address == address, "other memory: the test shows nothing"
+            assert 0 <= slot_address(m) - address < words * 8, "other memory: the test shows nothing"
             _cuda.synchronize()
             assert kit.contents(m)["input_ids"][:8].tolist() == [1, 2, 3, 4, 5, 0, 0, 0]
             m.check()
@@ -341,7 +346,7 @@ def test_memory_of_a_dropped_manager_waits_for_its_steps(stub, seed, caplog):
         pool = SimpleBufferPool()
         m = InputBufferManager(pool, 4, 8, buckets=[8, 16], ring=8)
         m.stage_inputs({}, 8)
-        nbytes, stream, address = m.stats().arena_bytes, m._stream, m._arena._table_address
+        nbytes, stream, address = m.stats().arena_bytes, _cuda.as_stream(m.stream), slot_address(m)
         m.synchronize()
         for _ in range(4):
             m.stage_inputs({"input_ids": ids(8)}, 8)
@@ -349,7 +354,7 @@ def test_memory_of_a_dropped_manager_waits_for_its_steps(stub, seed, caplog):
         kit.collect()
         other = _cuda.as_stream(None)
         entry = pool.allocate(BufferSpec(nbytes, "uint8"), stream=other)
-        assert entry.address == address, "other memory: the test shows nothing"
+        assert 0 <= address - entry.address < nbytes, "other memory: the test shows nothing"
         entry.array.copy_to_device(np.full(nbytes, 7, np.uint8), stream=other.numba)
         other.synchronize()
         stream.synchronize()
@@ -378,7 +383,7 @@ def test_memory_that_cannot_be_given_back_is_not_used_again(stub, mode, call, wh
     if call == "release_all":
         taken = pool.allocate(BufferSpec(nbytes, "uint8"))  # by somebody else, who may get what did go back
         m.stage_inputs({"input_ids": ids(3)}, 3)
-        assert m._arena._table_address != taken.address
+        assert not 0 <= slot_address(m) - taken.address < nbytes
         taken.release()
         assert kit.contents(m)["input_ids"][:4].tolist() == [1, 2, 3, 0]
         m.check()

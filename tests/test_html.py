@@ -2,6 +2,7 @@
 
 import xml.etree.ElementTree as tree
 
+import kit
 import numpy as np
 import pytest
 
@@ -82,22 +83,22 @@ def manager():
 
 
 def test_a_manager_shows_slots_ring_and_padding(manager):
-    shown = words(manager._repr_html_())
+    shown = words(kit.html(manager))
     for part in ("input_ids", "0 staged, 4 free", "live 15", "padding 9", "4 2 6 33.3", "16 1 9 77.8"):
         assert part in shown
-    assert words(manager.stats()._repr_html_()) in shown
+    assert words(kit.html(manager.stats())) in shown
     manager.close()
-    assert "closed" in words(manager._repr_html_())
+    assert "closed" in words(kit.html(manager))
 
 
 def test_the_parts_of_a_manager_show_themselves(manager):
-    assert "follows tokens" in words(manager.get_slot("positions")._repr_html_())
+    assert "follows tokens" in words(kit.html(manager.get_slot("positions")))
     (small, large) = manager._service
-    assert "live tokens 6 padding 2" in words(small._repr_html_())
-    assert "positions 16 int64" in words(large.step._repr_html_())
-    assert "most: 3 (2)" in words(manager.demand._repr_html_())
-    assert "hits" in words(manager.prediction()._repr_html_())
-    assert "nothing yet" in words(DemandModel()._repr_html_())
+    assert "live tokens 6 padding 2" in words(kit.html(small))
+    assert "positions 16 int64" in words(kit.html(large.step))
+    assert "most: 3 (2)" in words(kit.html(manager.demand))
+    assert "hits" in words(kit.html(manager.prediction()))
+    assert "nothing yet" in words(kit.html(DemandModel()))
 
 
 def test_padding_rows_agree_with_the_sums(manager):
@@ -112,16 +113,16 @@ def test_a_pool_shows_its_tiers_and_limits():
     with SimpleBufferPool(max_bytes=1 << 20, max_pinned_bytes=4096) as pool:
         entry = pool.allocate(BufferSpec(1024, "uint8", Tier.PINNED))
         pool.allocate(BufferSpec(3072, "uint8")).release()
-        shown = words(pool._repr_html_())
+        shown = words(kit.html(pool))
         for part in ("pinned 1 KiB of 4 KiB", "device 3 KiB of 1 MiB", "in use 1 KiB", "idle 3 KiB"):
             assert part in shown
-        assert "state allocated" in words(entry._repr_html_())
+        assert "state allocated" in words(kit.html(entry))
         entry.release()
-        assert "state free" in words(entry._repr_html_())
+        assert "state free" in words(kit.html(entry))
         with pool.statistics() as scope:
             pool.allocate(BufferSpec(3072, "uint8")).release()
-        assert "peak 3 KiB" in words(scope.stats()._repr_html_())
-    assert "nothing yet" in words(SimpleBufferPool().stats()._repr_html_())
+        assert "peak 3 KiB" in words(kit.html(scope.stats()))
+    assert "nothing yet" in words(kit.html(SimpleBufferPool().stats()))
 
 
 def test_a_hierarchical_pool_shows_its_moves():
@@ -129,13 +130,13 @@ def test_a_hierarchical_pool_shows_its_moves():
         first, second = (pool.allocate(BufferSpec(4096, "uint8")) for _ in "ab")
         with pool.use([first], stream=None, in_place=False):
             pass
-        shown = words(pool._repr_html_())
+        shown = words(kit.html(pool))
         assert "device 4 KiB of 4 KiB" in shown and "promotions 1" in shown
-        assert "tier device" in words(first._repr_html_())
+        assert "tier device" in words(kit.html(first))
         first.release()
         second.release()
 
 
 def test_a_manager_without_memory_shows_itself():
     with InputBufferManager(max_batch_size=1, max_seq_len=4) as manager:
-        assert "steps 0" in words(manager._repr_html_())
+        assert "steps 0" in words(kit.html(manager))

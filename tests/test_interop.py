@@ -211,11 +211,11 @@ def test_a_captured_graph_keeps_a_foreign_tensor(no_leaks, pool):
         foreign = from_dlpack(pool.allocate(BufferSpec(2, "float32", Tier.PINNED if SIM else Tier.MANAGED)))
         foreign.copy_to_device(np.array([3, 1], np.float32))
 
-        def step(s):
-            affine[(*LAUNCH, s.stream)](s["x"], foreign, out.array)
-
-        manager.capture_buckets(step, [8])
-        manager._function = step = foreign = None  # del would make names of a closure unbound
+        affine[(*LAUNCH, manager.stream)](out.array, foreign, out.array)  # compiled before the capture
+        manager.synchronize()
+        with manager.capture(8) as step:
+            affine[(*LAUNCH, step.stream)](step["x"], foreign, out.array)
+        del foreign
         gc.collect()
         assert pool.stats().lost == 0
         manager.replay({"x": np.arange(8, dtype=np.float32)}, 8)
@@ -283,12 +283,13 @@ def test_cuda_core_takes_the_librarys_streams():
     from cuda.core import Device
 
     with InputBufferManager(max_batch_size=1, max_seq_len=8) as manager:
-        ours = manager._stream
-        for stream in (manager.stream, ours):
-            assert stream.__cuda_stream__() == (0, ours.handle)
-            assert int(Device().create_stream(stream).handle) == ours.handle
+        ours = manager.stream
+        handle = ours.__cuda_stream__()[1]
+        for stream in (ours, _cuda.as_stream(ours)):
+            assert stream.__cuda_stream__() == (0, handle)
+            assert int(Device().create_stream(stream).handle) == handle
         with manager.capture(3) as step:
-            assert step.stream.__cuda_stream__()[1] not in (0, ours.handle)
+            assert step.stream.__cuda_stream__()[1] not in (0, handle)
 
 
 @pytest.mark.real

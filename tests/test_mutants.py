@@ -108,8 +108,9 @@ def run_operands(stub):
     with InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8]) as m:
         weights = kit.to_device(np.array([3, 10]))
         out = kit.to_device(np.zeros(8, np.int64))
-        m.capture_buckets(lambda step, w=weights: kit.run(kit.affine, step.stream, step["input_ids"], w, out))
-        m._function = None
+        kit.run(kit.affine, m.stream, out, weights, out)  # compiled before the capture
+        with m.capture(8) as step:
+            kit.run(kit.affine, step.stream, step["input_ids"], weights, out)
         watched = weakref.ref(weights)
         del weights
         kit.collect()
