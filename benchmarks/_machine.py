@@ -21,7 +21,7 @@ from . import harness
 
 
 @cuda.jit
-def _nothing(words):  # type: ignore[no-untyped-def]
+def _nothing(words: np.ndarray) -> None:
     if words.size == 0:
         words[0] = 0
 

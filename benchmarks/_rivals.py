@@ -21,7 +21,7 @@ Work = Callable[[], object]
 
 
 @cuda.jit
-def _copy(out, values):  # type: ignore[no-untyped-def]
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
     for i in range(cuda.grid(1), values.size, cuda.gridsize(1)):
         out[i] = values[i]
 

@@ -27,7 +27,7 @@ COUNTS, TOKENS, SLOTS, KERNELS = (8, 16, 51), 4096, 8, 4
 
 
 @cuda.jit
-def _consume(out, tokens):  # type: ignore[no-untyped-def]
+def _consume(out: np.ndarray, tokens: np.ndarray) -> None:
     for i in range(cuda.grid(1), tokens.size, cuda.gridsize(1)):
         out[i] = tokens[i]
 

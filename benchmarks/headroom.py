@@ -29,7 +29,7 @@ SAMPLES = 100_000
 
 
 @njit
-def features(ids, m):  # pragma: no cover
+def features(ids: np.ndarray, m: int) -> np.ndarray:  # pragma: no cover
     """What is known of each bucket after each step: [steps, m, 23]."""
     found = np.zeros((len(ids), m, 23), np.float32)
     used = np.full(m, -5000)

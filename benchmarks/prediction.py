@@ -175,7 +175,7 @@ def fixed(ids: Ints, k: int, start: int) -> float:
 
 
 @njit
-def _segments(x, below, k):  # pragma: no cover
+def _segments(x: np.ndarray, below: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:  # pragma: no cover
     """Least padded total of the sizes x in k buckets, exact, and the buckets: the plain recurrence in
     loops."""
     n = len(x)

@@ -29,7 +29,7 @@ SIZES = (TOKENS, 1, 64, 4096)
 
 
 @cuda.jit
-def _consume(out, tokens):  # type: ignore[no-untyped-def]
+def _consume(out: np.ndarray, tokens: np.ndarray) -> None:
     for i in range(cuda.grid(1), tokens.size, cuda.gridsize(1)):
         out[i] = tokens[i]
 

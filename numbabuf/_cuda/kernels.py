@@ -45,7 +45,7 @@ _LANES = 32  # threads that share one row of a two-dimensional slot: a warp
 
 
 @cuda.jit(device=True)
-def _narrow(bits, mantissa, bias, to_mantissa, to_bias, quiet):
+def _narrow(bits: int, mantissa: int, bias: int, to_mantissa: int, to_bias: int, quiet: int) -> int:
     """Round a float's bits to a narrower format: to nearest, ties to even, as IEEE 754 and NumPy do.
 
     `mantissa` and `bias` describe the source format, `to_mantissa` and `to_bias` the target. Overflow gives infinity,
@@ -91,7 +91,7 @@ def _narrow(bits, mantissa, bias, to_mantissa, to_bias, quiet):
 
 
 @cuda.jit(device=True)
-def _widen_f16(bits):
+def _widen_f16(bits: int) -> int:
     """float16 bits to float32 bits, exactly."""
     sign = (bits & 0x8000) << 16
     exponent = (bits >> 10) & 0x1F
@@ -112,7 +112,7 @@ def _widen_f16(bits):
 
 
 @cuda.jit(device=True)
-def _converted(operation, addr):
+def _converted(operation: int, addr: int) -> int:
     """The converted bits of the staged value at `addr`; not for RAW."""
     if operation == I64_I32:
         return load8(addr) & 0xFFFFFFFF
@@ -133,7 +133,7 @@ def _converted(operation, addr):
 
 
 @cuda.jit(device=True)
-def _store(addr, itemsize, bits):
+def _store(addr: int, itemsize: int, bits: int) -> None:
     """The low `itemsize` bytes of `bits`, one of 1, 2, 4, 8."""
     if itemsize == 4:
         store4(addr, bits)
@@ -146,7 +146,7 @@ def _store(addr, itemsize, bits):
 
 
 @cuda.jit(device=True)
-def _load(addr, itemsize):
+def _load(addr: int, itemsize: int) -> int:
     """`itemsize` bytes, one of 1, 2, 4, 8."""
     if itemsize == 4:
         return load4(addr)
@@ -158,7 +158,7 @@ def _load(addr, itemsize):
 
 
 @cuda.jit(device=True)
-def _copy_bytes(source, target, nbytes, thread, threads):
+def _copy_bytes(source: int, target: int, nbytes: int, thread: int, threads: int) -> None:
     """Copy by `threads` cooperating threads, with 16-byte accesses where both ends share their alignment.
 
     Four loads are in flight before the first store: a read of host memory takes about a microsecond to come back.
@@ -209,14 +209,14 @@ def _copy_bytes(source, target, nbytes, thread, threads):
 
 
 @cuda.jit(device=True)
-def _pattern_byte(low, high, addr):
+def _pattern_byte(low: int, high: int, addr: int) -> int:
     """The byte of a 16-byte pattern that falls on `addr`."""
     word = high if (addr & 8) != 0 else low
     return word >> ((addr & 7) * 8)
 
 
 @cuda.jit(device=True)
-def _pad_bytes(begin, end, low, high, thread, threads):
+def _pad_bytes(begin: int, end: int, low: int, high: int, thread: int, threads: int) -> None:
     """Fill addresses [begin, end) with a 16-byte pattern whose phase is the address modulo 16."""
     first = min((begin + 15) & ~15, end)
     i = begin + thread
@@ -235,7 +235,7 @@ def _pad_bytes(begin, end, low, high, thread, threads):
 
 
 @cuda.jit(device=True)
-def _splat(bits, itemsize):
+def _splat(bits: int, itemsize: int) -> int:
     """Repeat a value of 1, 2, 4 or 8 bytes over 8 bytes."""
     if itemsize == 1:
         return (bits & 0xFF) * 0x0101010101010101
@@ -247,7 +247,7 @@ def _splat(bits, itemsize):
 
 
 @cuda.jit
-def fill_slots(table):
+def fill_slots(table: int) -> None:
     """Move one staging block into all slots: convert, pad to the bucket, and tell the host that the block is read.
 
     Launch shape: (any, number of slots) thread blocks. `table` is the address of the fill table.
@@ -338,7 +338,7 @@ def fill_slots(table):
 
 
 @cuda.jit
-def copy_many(table, rows):
+def copy_many(table: int, rows: int) -> None:
     """Copy `rows` pieces of memory, each from any address to any other; no two of them may overlap in a target.
 
     Launch shape: any. `table` is the address of COPY_ROW words per piece, read in place; a thread block takes every

@@ -19,7 +19,7 @@ __all__ = ["Pipeline"]
 
 
 @cuda.jit
-def _embed(ids, positions, table, hidden):  # type: ignore[no-untyped-def]
+def _embed(ids: np.ndarray, positions: np.ndarray, table: np.ndarray, hidden: np.ndarray) -> None:
     """hidden[t, d] = table[ids[t], d] + positions[t] % 8; reads and writes 4 bytes an element.
 
     Padded tokens are embedded like any other: the pad is a valid id, and no sequence reads the result.
@@ -32,7 +32,7 @@ def _embed(ids, positions, table, hidden):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit
-def _pool(hidden, token_index, starts, pooled):  # type: ignore[no-untyped-def]
+def _pool(hidden: np.ndarray, token_index: np.ndarray, starts: np.ndarray, pooled: np.ndarray) -> None:
     """pooled[s, d] = sum of hidden[t, d] over the tokens of sequence s; reads 4 bytes a token and column.
 
     A step may come in pieces, in order: each adds the tokens that it holds to the sums of those before it.
@@ -51,7 +51,7 @@ def _pool(hidden, token_index, starts, pooled):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit
-def _score(pooled, starts, weights, row, scores):  # type: ignore[no-untyped-def]
+def _score(pooled: np.ndarray, starts: np.ndarray, weights: np.ndarray, row: np.ndarray, scores: np.ndarray) -> None:
     """scores[row, s] = weighted sum of pooled[s] over the tokens of s; 0 for each s beyond the step."""
     for s in range(cuda.grid(1), scores.shape[1], cuda.gridsize(1)):
         value = 0.0
