@@ -9,14 +9,13 @@ from __future__ import annotations
 import operator
 import sys
 from types import FrameType
-from typing import Any
 
 import numpy as np
 
 __all__ = ["outside", "whole_number"]
 
 
-def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+def whole_number(name: str, value: object, *, least: int = 0, most: int | None = None) -> int:
     """Return `value` as an int, or say what is wrong with it.
 
     Parameters
@@ -46,7 +45,7 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
-        number = operator.index(value)
+        number = operator.index(value)  # type: ignore[arg-type]  # TypeError is the answer
     except TypeError:
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: give a whole number") from None
     if number < least or (most is not None and number > most):

@@ -6,14 +6,12 @@ and the streams of managers and steps `__cuda_stream__`. Sits above `_cuda` alon
 
 from __future__ import annotations
 
-from typing import Any
-
 from .. import _cuda
 
 __all__ = ["from_dlpack"]
 
 
-def from_dlpack(tensor: Any, *, stream: Any = None) -> Any:
+def from_dlpack(tensor: _cuda.SupportsDLPack, *, stream: _cuda.StreamLike | None = None) -> _cuda.DeviceArray:
     """Return a device array over the memory of another library's tensor, without a copy.
 
     Parameters

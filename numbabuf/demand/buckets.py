@@ -386,6 +386,6 @@ def _histogram(demand: Any) -> tuple[Ints, Floats]:
     return x.astype(np.int64), w
 
 
-def _positive(name: str, value: Any) -> int:
+def _positive(name: str, value: object) -> int:
     """A whole number from 1 on that a float64 holds exactly."""
     return whole_number(name, value, least=1, most=1 << 53)

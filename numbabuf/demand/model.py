@@ -147,7 +147,7 @@ class DemandModel:
         largest = max((size for _, size in self._seen), default=1)
         self._learn(_four_per_doubling(largest) if buckets is None else _increasing(buckets), LEARNED)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return _remade, (self.settings, self._clock, self.seen)
 
     def __len__(self) -> int:

@@ -212,7 +212,7 @@ class WorkerManager:
         self._held = held
         self._threads = threads  # that the worker runs tasks in
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> InputBufferManager:
         """Wait for the other tasks of this worker to leave, and return the manager.
 
         Raises
@@ -424,7 +424,7 @@ def _plugin_class() -> type:
             if held is not None:
                 await asyncio.to_thread(held.close)
 
-        def __reduce__(self) -> Any:
+        def __reduce__(self) -> tuple[object, ...]:
             return _plugin, (self._make, self._pool, self.name)  # the class itself has no name to be found by
 
     return Plugin

@@ -88,7 +88,7 @@ _PREDICTION = (
 )  # fmt: skip
 
 
-def _snapshots(watched: Any) -> Iterator[tuple[Any, tuple[_Metric, ...]]]:
+def _snapshots(watched: BufferPool | InputBufferManager) -> Iterator[tuple[Any, tuple[_Metric, ...]]]:
     """Yield each snapshot that an object gives, with the metrics that are read from it."""
     stats = watched.stats()
     if isinstance(watched, InputBufferManager):
@@ -140,7 +140,7 @@ class Collector:
         for name, thing in watched.items():
             self.watch(name, thing)
 
-    def watch(self, name: str, thing: Any) -> None:
+    def watch(self, name: str, thing: BufferPool | InputBufferManager) -> None:
         """Add a pool or a manager, in place of the one of that name.
 
         Raises

@@ -132,7 +132,7 @@ class BufferSpec:
         put(self, "size_bytes", nbytes)
         put(self, "_hash", hash((shape, resolved, tier)))
 
-    def __setattr__(self, name: str, value: Any = None) -> None:
+    def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError(f"BufferSpec is frozen: make a new one instead of setting {name}")
 
     __delattr__ = __setattr__  # type: ignore[assignment]
@@ -156,7 +156,7 @@ class BufferSpec:
         return f"BufferSpec({shape}, {self.dtype.name}{tier})"
 
 
-def _resolve_shape(shape: Any) -> tuple[int, ...]:
+def _resolve_shape(shape: object) -> tuple[int, ...]:
     if not isinstance(shape, (tuple, list)):
         return (whole_number("shape", shape),)
     return tuple(whole_number(f"shape[{i}]", entry) for i, entry in enumerate(shape))

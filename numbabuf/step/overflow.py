@@ -19,7 +19,7 @@ POLICIES = ("raise", "eager", "split")
 """Refuse the step; run fill and function without a graph; replay it in pieces along the tokens."""
 
 
-def check_each(each: Any) -> None:
+def check_each(each: object) -> None:
     """Refuse what cannot be called after each piece."""
     if not callable(each):
         raise TypeError(f"each is {each!r}: give a function of (result, start, stop), or None")

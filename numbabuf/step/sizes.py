@@ -51,7 +51,7 @@ def settle(
     return tuple(limits), tuple(choices)
 
 
-def live_sizes(axes: Sequence[str], num_tokens: Any, further: Mapping[str, Any]) -> tuple[int, ...]:
+def live_sizes(axes: Sequence[str], num_tokens: int, further: Mapping[str, Any]) -> tuple[int, ...]:
     """Check the sizes of a step and bring them into the order of the axes."""
     if num_tokens.__class__ is int and num_tokens >= 0 and not further and len(axes) == 1:
         return (num_tokens,)

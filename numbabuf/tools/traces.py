@@ -380,21 +380,22 @@ class Workload:
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _whole(value: Any, *, low: int) -> int:
+def _whole(value: object, *, low: int) -> int:
     """Return a count of tokens; "374" and 374.0 are whole numbers, 1.5, True and "nan" are not."""
     try:
         if isinstance(value, bool) or (isinstance(value, str) and "_" in value):  # Python reads "1_0" as 10
             raise ValueError
         try:
-            number = int(value) if isinstance(value, str) else operator.index(value)
+            number = int(value) if isinstance(value, str) else operator.index(value)  # type: ignore[arg-type]  # TypeError is the answer
         except (TypeError, ValueError):
-            number = int(float(value))
-            if number != float(value):
+            exact = float(value)  # type: ignore[arg-type]
+            number = int(exact)
+            if number != exact:
                 raise ValueError from None
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"must be a whole number; found {_short(value)}") from None
@@ -403,11 +404,11 @@ def _whole(value: Any, *, low: int) -> int:
     return number
 
 
-def _milliseconds(value: Any) -> float:
+def _milliseconds(value: object) -> float:
     try:
         if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
             raise ValueError
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]  # TypeError is the answer
     except (TypeError, ValueError, OverflowError):
         raise ValueError(f"must be a number of milliseconds; found {_short(value)}") from None
     if not 0 <= number <= MAX_ARRIVAL_MS:
@@ -418,7 +419,7 @@ def _milliseconds(value: Any) -> float:
 _DATE_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(\.\d{1,9})?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 
 
-def _date_time(value: Any) -> float:
+def _date_time(value: object) -> float:
     """Return milliseconds since 1970. Not `fromisoformat` alone: before Python 3.11 it refuses 7 decimals."""
     match = _DATE_TIME.fullmatch(str(value).strip())
     try:
@@ -432,11 +433,11 @@ def _date_time(value: Any) -> float:
     return _milliseconds(seconds * 1000 + float(fraction or 0) * 1000)
 
 
-def _prompt(value: Any) -> int:
+def _prompt(value: object) -> int:
     return _whole(value, low=1)
 
 
-def _output(value: Any) -> int:
+def _output(value: object) -> int:
     return _whole(value, low=0)
 
 

@@ -36,7 +36,7 @@ def nbytes(count: float) -> str:
     return f"{size:.4g} {unit}"
 
 
-def text(value: Any, unit: str = "") -> str:
+def text(value: object, unit: str = "") -> str:
     """Return a value as a reader wants it: thousands grouped, four digits that count, bytes with their unit.
 
     Examples
@@ -45,7 +45,7 @@ def text(value: Any, unit: str = "") -> str:
     ('12,345', '0.1235', '98,765', '2 KiB')
     """
     if unit == "bytes":
-        return nbytes(value)
+        return nbytes(value)  # type: ignore[arg-type]  # TypeError is the answer
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -86,7 +86,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     True
     """
 
-    def cell(value: Any, kind: str) -> str:
+    def cell(value: object, kind: str) -> str:
         side = "right" if isinstance(value, (int, float)) and not isinstance(value, bool) else "left"
         return f'<{kind} style="{_CELL};text-align:{side}">{escape(text(value))}</{kind}>'
 
