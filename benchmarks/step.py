@@ -103,6 +103,46 @@ def run(
     return {"slots": slots, "tokens": sizes[0], "kernels_skipped": harness.stand_in() is not None, "rows": rows}
 
 
+Work = Callable[[Any, list[Any]], None]
+"""Launches the kernels that read the inputs: (stream, arrays)."""
+
+
+def _idioms(inputs: dict[str, np.ndarray], tokens: int, work: Work) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What Numba alone offers: a copy an input from pageable memory, and one from pinned memory."""
+    stream = cuda.stream()
+    device = [cuda.device_array(tokens, np.int64) for _ in inputs]
+    pinned = [cuda.pinned_array(tokens, np.int64) for _ in inputs]
+
+    def idiom() -> None:
+        for target, data in zip(device, inputs.values(), strict=True):
+            target.copy_to_device(data, stream=stream)
+        work(stream, device)
+
+    def idiom_pinned() -> None:
+        for target, staged, data in zip(device, pinned, inputs.values(), strict=True):
+            staged[:] = data
+            target.copy_to_device(staged, stream=stream)
+        work(stream, device)
+
+    return idiom, idiom_pinned
+
+
+def _managers(inputs: dict[str, np.ndarray], tokens: int, work: Work) -> tuple[InputBufferManager, ...]:
+    """Managers that stage int64 as it is, and into int32 slots with the range check on and off; captured, and used."""
+    made = []
+    for check, dtype in ((None, "int64"), (True, "int32"), (False, "int32")):
+        each = InputBufferManager(
+            max_batch_size=1, max_seq_len=tokens, buckets=[tokens], default_slots=False, range_check=check
+        )
+        for name in inputs:
+            each.register_slot(name, BufferSpec(tokens, dtype), source_dtype="int64")
+        each.capture_buckets(lambda step: work(step.stream, [step[name] for name in inputs]))
+        each.stage_inputs(inputs, tokens)
+        each.synchronize()
+        made.append(each)
+    return tuple(made)
+
+
 def _rows(smoke: bool, slots: int, tokens: int, kernels: int, competitors: bool) -> list[dict[str, Any]]:
     warnings.simplefilter("ignore")  # Numba's, about small grids
     stub = harness.stand_in()
@@ -115,39 +155,8 @@ def _rows(smoke: bool, slots: int, tokens: int, kernels: int, competitors: bool)
         for i in range(kernels):
             _consume[shape[0], shape[1], stream](out, arrays[i % len(arrays)])
 
-    stream = cuda.stream()
-    device = [cuda.device_array(tokens, np.int64) for _ in names]
-    pinned = [cuda.pinned_array(tokens, np.int64) for _ in names]
-
-    def idiom() -> None:
-        for target, name in zip(device, names, strict=True):
-            target.copy_to_device(inputs[name], stream=stream)
-        work(stream, device)
-
-    def idiom_pinned() -> None:
-        for target, staged, name in zip(device, pinned, names, strict=True):
-            staged[:] = inputs[name]
-            target.copy_to_device(staged, stream=stream)
-        work(stream, device)
-
-    managers = []
-
-    def manager(**options: Any) -> InputBufferManager:
-        made = InputBufferManager(
-            max_batch_size=1, max_seq_len=tokens, buckets=[tokens], default_slots=False, **options
-        )
-        managers.append(made)
-        return made
-
-    plain, checked, unchecked = manager(), manager(range_check=True), manager(range_check=False)
-    for name in names:
-        plain.register_slot(name, BufferSpec(tokens, "int64"))
-        for other in (checked, unchecked):
-            other.register_slot(name, BufferSpec(tokens, "int32"), source_dtype="int64")
-    for each in managers:
-        each.capture_buckets(lambda step: work(step.stream, [step[name] for name in names]))
-        each.stage_inputs(inputs, tokens)
-        each.synchronize()
+    idiom, idiom_pinned = _idioms(inputs, tokens, work)
+    managers = plain, checked, unchecked = _managers(inputs, tokens, work)
 
     def ours(each: InputBufferManager, call: str) -> Callable[[], object]:
         return harness.step_of(each, call, inputs, tokens, stub)

@@ -16,10 +16,10 @@ import pytest
 
 from numbabuf import BufferSpec, InputBufferManager, SimpleBufferPool, _cuda
 from numbabuf._cuda import kernels
+from numbabuf._cuda.open_captures import OpenCapture
 from numbabuf.pool import ordering, store
 from numbabuf.step import arena, graph, service, slot
 from numbabuf.step import ring as staging
-from numbabuf._cuda.open_captures import OpenCapture
 
 STEPS = 60
 

@@ -244,11 +244,10 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
-def _replay(args: argparse.Namespace) -> int:
-    """Replay a trace through an InputBufferManager, check every step against NumPy, report."""
+def _settle_options(args: argparse.Namespace) -> None:
+    """Give what was not given its default, and refuse what cannot be replayed; ends the program where it is wrong."""
     from .. import _cuda
     from ..demand import buckets
-    from .traces import Workload, read_trace
 
     for name, value in _SIZES[_cuda.backend()].items():
         if getattr(args, name) is None:
@@ -270,6 +269,13 @@ def _replay(args: argparse.Namespace) -> int:
         if path and not os.path.isdir(os.path.dirname(path) or "."):
             args.parser.error(f"{option} {path}: no such directory")
 
+
+def _replay(args: argparse.Namespace) -> int:
+    """Replay a trace through an InputBufferManager, check every step against NumPy, report."""
+    from .. import _cuda
+    from .traces import Workload, read_trace
+
+    _settle_options(args)
     workload = Workload(**_WORKLOADS[_cuda.backend()], seed=args.seed)
     trace = read_trace(args.trace) if args.trace else workload.generate()
     if not args.quiet:
