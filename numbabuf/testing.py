@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from . import _cuda
 from .pool import pool as _pool
+
+if TYPE_CHECKING:
+    import pytest
 
 __all__ = ["backend_id", "live_buffers", "no_leaks"]
 
@@ -103,7 +106,7 @@ def no_leaks() -> Iterator[None]:
     assert not found, "\n".join(found)
 
 
-def pytest_configure(config: Any) -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Make the fixtures known: pytest calls this when it loads the module as a plugin."""
     import types
 
@@ -115,7 +118,7 @@ def pytest_configure(config: Any) -> None:
         return backend_id()
 
     @pytest.fixture
-    def numbabuf_live_buffers() -> Any:
+    def numbabuf_live_buffers() -> Callable[[], int]:
         """A function that returns how many buffers are leased now, from all pools together."""
         return live_buffers
 

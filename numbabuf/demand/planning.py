@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .buckets import Cost, padded, plan, powers_of_two
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "LISTS",
@@ -156,7 +159,7 @@ class Comparison:
             lines.append("  ".join(cells).rstrip())
         return "\n".join(lines)
 
-    def plot(self, ax: Any = None) -> Any:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Draw each list's padding as a bar and return the axes (needs matplotlib, the extra "plot").
 
         Steps that a list has no bucket for are named at its bar: its padding speaks of the others alone.

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from .. import _cuda
 from ..demand.model import DemandModel
@@ -25,9 +25,15 @@ from ..predict.manager import PredictiveBufferManager
 from ..step.manager import InputBufferManager
 from ..view import html
 
+if TYPE_CHECKING:
+    from distributed import Client, Worker, WorkerPlugin
+
 __all__ = ["Fleet", "SharedDemand", "WorkerManager", "WorkerStats", "worker_manager"]
 
 _log = logging.getLogger("numbabuf")
+
+_Make = Callable[[BufferPool], InputBufferManager]
+_MakePool = Callable[[], BufferPool]
 
 
 class WorkerStats(NamedTuple):
@@ -105,7 +111,7 @@ class Fleet:
 
     def __init__(
         self,
-        client: Any,
+        client: Client,
         make: Callable[[BufferPool], InputBufferManager] = PredictiveBufferManager,
         *,
         pool: Callable[[], BufferPool] = SimpleBufferPool,
@@ -384,7 +390,7 @@ def _pack(settings: dict[str, Any], seen: Iterable[tuple[float, int]]) -> dict[s
     return {**settings, "buckets": buckets and list(buckets), "seen": [list(pair) for pair in seen]}
 
 
-async def _call(name: str, method: str, arguments: tuple[Any, ...], dask_worker: Any) -> tuple[Any] | None:
+async def _call(name: str, method: str, arguments: tuple[Any, ...], dask_worker: Worker) -> tuple[Any] | None:
     """Call a method of what a worker holds, in a thread of its own: the worker goes on talking to its scheduler."""
     plugin = dask_worker.plugins.get(name)
     if plugin is None or plugin.held is None:
@@ -403,12 +409,12 @@ def _plugin_class() -> type:
     class Plugin(WorkerPlugin):  # type: ignore[misc]
         """Dask calls it in every worker: `setup` when it starts, `teardown` when it ends in good order."""
 
-        def __init__(self, make: Any, pool: Any, name: str) -> None:
+        def __init__(self, make: _Make, pool: _MakePool, name: str) -> None:
             self.name = name
             self.held: _Held | None = None
             self._make, self._pool = make, pool
 
-        async def setup(self, worker: Any) -> None:
+        async def setup(self, worker: Worker) -> None:
             held = await asyncio.to_thread(_Held, self._make, self._pool)
             try:
                 demand = await worker.scheduler.get_metadata(keys=[_KEY, self.name], default=None)
@@ -419,7 +425,7 @@ def _plugin_class() -> type:
                 raise
             self.held = held
 
-        async def teardown(self, worker: Any) -> None:
+        async def teardown(self, worker: Worker) -> None:
             held, self.held = self.held, None
             if held is not None:
                 await asyncio.to_thread(held.close)
@@ -430,5 +436,5 @@ def _plugin_class() -> type:
     return Plugin
 
 
-def _plugin(make: Any, pool: Any, name: str) -> Any:
+def _plugin(make: _Make, pool: _MakePool, name: str) -> WorkerPlugin:
     return _plugin_class()(make, pool, name)

@@ -11,7 +11,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ..pool.oom import Ladder
 from ..pool.pool import SimpleBufferPool
@@ -86,7 +86,15 @@ def enabled() -> bool:
     return bool(_originals)
 
 
-def _ranged(function: Callable[..., Any], domain: Any, attributes: Any) -> Callable[..., Any]:
+class _Domain(Protocol):
+    """What is used of an `nvtx.Domain`."""
+
+    def push_range(self, attributes: object) -> None: ...
+
+    def pop_range(self) -> None: ...
+
+
+def _ranged(function: Callable[..., Any], domain: _Domain, attributes: object) -> Callable[..., Any]:
     push, pop = domain.push_range, domain.pop_range
 
     @functools.wraps(function)

@@ -30,8 +30,9 @@ from ..errors import BackendError, NumbabufError
 from ..view.progress import track
 
 if TYPE_CHECKING:
+    from ..step.manager import InputBufferManager
     from .pipeline import Pipeline
-    from .traces import RequestTrace, StepTrace
+    from .traces import RequestTrace, StepTrace, Workload
 
 __all__ = ["main"]
 
@@ -410,7 +411,7 @@ def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str,
     }
 
 
-def _compare(manager: Any, pipeline: Pipeline, pending: list[tuple[int, Any]]) -> dict[str, Any] | None:
+def _compare(manager: InputBufferManager, pipeline: Pipeline, pending: list[tuple[int, Any]]) -> dict[str, Any] | None:
     """Wait for the steps in flight and compare each, bit for bit; return the first that differs, or None."""
     manager.synchronize()
     scores = pipeline.collect()
@@ -440,7 +441,7 @@ def _versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------- printing
 
 
-def _print_intro(args: argparse.Namespace, trace: RequestTrace | StepTrace, workload: Any) -> None:
+def _print_intro(args: argparse.Namespace, trace: RequestTrace | StepTrace, workload: Workload) -> None:
     if args.trace:
         print(f"trace: {trace.name}, {len(trace):,} {trace.kind}")
     else:

@@ -8,12 +8,16 @@ alone, no manager; it sits below `_cuda` and above `cli`, and a user's own pipel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .._cuda import configure, cuda, launch_shape
+
+if TYPE_CHECKING:
+    from .._cuda import DeviceArray, NumbaStream
+    from ..step.graph import Step
 
 __all__ = ["Pipeline"]
 
@@ -107,7 +111,7 @@ class Pipeline:
         self.scores = cuda.to_device(self._unwritten)
         cuda.synchronize()  # a copy from pageable memory may return before it has arrived on the device
 
-    def __call__(self, step: Any) -> Any:
+    def __call__(self, step: Step) -> DeviceArray:
         """Launch one step's kernels on ``step.stream``; the function to give to `capture_buckets`.
 
         Parameters
@@ -124,7 +128,7 @@ class Pipeline:
         self.launch(step, step.stream)
         return self.scores
 
-    def launch(self, slots: Any, stream: Any) -> None:
+    def launch(self, slots: Step | Mapping[str, DeviceArray], stream: NumbaStream) -> None:
         """Launch the kernels over the device arrays in `slots` (name to array) on a Numba stream."""
         ids, starts = slots["input_ids"], slots["seq_starts"]
         dim = self.table.shape[1]

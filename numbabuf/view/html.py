@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = ["COLORS", "bar", "card", "columns", "escape", "fields", "nbytes", "squares", "table", "text"]
 
@@ -103,7 +106,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return f'<table style="border-collapse:collapse;margin:4px 0;font-size:12px">{"".join(lines)}</table>'
 
 
-def fields(snapshot: Any) -> str:
+def fields(snapshot: DataclassInstance) -> str:
     """Return a table of a dataclass's plain fields: bytes and seconds with their unit, zeros and mappings left out."""
     rows = []
     for field in dataclass_fields(snapshot):

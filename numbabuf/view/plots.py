@@ -7,7 +7,7 @@ Each function draws one picture, on axes that it is given or on new ones, and re
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -77,16 +77,16 @@ def demand(
     return ax
 
 
-def _edges(ax: Axes, sizes: np.ndarray) -> Any:
+def _edges(ax: Axes, sizes: np.ndarray) -> list[float]:
     """Where the columns of a histogram begin and end; a long tail gets a logarithmic scale, columns by doublings."""
     if not sizes.size:
         return [0, 1]
     if sizes[-1] < 32 * sizes[0]:
-        return np.histogram_bin_edges(sizes, bins=min(60, sizes.size))
+        return np.histogram_bin_edges(sizes, bins=min(60, sizes.size)).tolist()  # type: ignore[no-any-return]
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
     points = np.geomspace(sizes[0], sizes[-1] + 1, 36)
-    return np.unique(np.ceil(points)) - 0.5
+    return (np.unique(np.ceil(points)) - 0.5).tolist()  # type: ignore[no-any-return]
 
 
 def padding(stats: ManagerStats, *, ax: Axes | None = None) -> Axes:
