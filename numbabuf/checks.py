@@ -12,7 +12,7 @@ from types import FrameType
 
 import numpy as np
 
-__all__ = ["outside", "whole_number"]
+__all__ = ["nbytes", "outside", "whole_number"]
 
 
 def whole_number(name: str, value: object, *, least: int = 0, most: int | None = None) -> int:
@@ -60,3 +60,19 @@ def outside() -> tuple[FrameType, int]:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         frame, depth = frame.f_back, depth + 1
     return frame, depth
+
+
+def nbytes(count: float) -> str:
+    """Return a number of bytes with its unit.
+
+    Examples
+    --------
+    >>> nbytes(0), nbytes(1536), nbytes(5 << 30)
+    ('0 B', '1.5 KiB', '5 GiB')
+    """
+    unit, size = "B", float(count)
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            break
+        unit, size = larger, size / 1024
+    return f"{size:.4g} {unit}"

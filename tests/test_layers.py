@@ -13,12 +13,13 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
-BASE = {"errors", "checks", "config", "files"}
+BASE = {"errors", "checks", "config", "files", "resource"}
 ROOMS = {
     "errors": set(),
     "checks": {"errors"},
     "config": {"errors", "checks"},
     "files": {"errors", "checks"},
+    "resource": set(),
     "_cuda": BASE - {"files"},
     "pool": BASE - {"files"} | {"_cuda"},
     "tiers": BASE - {"files"} | {"_cuda", "pool"},
@@ -35,7 +36,7 @@ ROOMS = {
 NAMES = {"buckets", "info", "nvtx", "planning", "plots", "policies", "report", "stats", "timeline", "traces"}
 """Modules of one import each, which keep a public name where users look for it."""
 FACTORY = "predict.factory"
-VIEWS = {"view.html", "view.progress"}  # until objects ask for their view by name
+VIEWS = {"view.progress"}  # until captures report their progress to a callable
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")
 REQUIRED = {"numba", "llvmlite", "numpy", "numbabuf"} | sys.stdlib_module_names

@@ -1015,7 +1015,7 @@ def test_two_threads_capture_one_after_the_other(manager):
 @pytest.mark.parametrize("do", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_manager_is_not_copied(manager, do):
     """A copy would share the memory, and the first of the two to close would free it under the other."""
-    with pytest.raises(TypeError, match="a manager cannot be copied or pickled"):
+    with pytest.raises(TypeError, match="InputBufferManager cannot be copied or pickled"):
         do(manager)
 
 

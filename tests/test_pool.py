@@ -1126,7 +1126,7 @@ def two_leases(pool, spec, stream=None):
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_pool_cannot_be_copied(pool, way):
-    with pytest.raises(TypeError, match="a pool cannot be copied or pickled"):
+    with pytest.raises(TypeError, match="SimpleBufferPool cannot be copied or pickled"):
         way(pool)
 
 

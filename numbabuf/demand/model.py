@@ -1,7 +1,7 @@
 """Shape demand: which sizes were asked for lately, and which are worth having ready next.
 
 `DemandModel` is a moving window of observed sizes with a small learner on top. NumPy only: this module knows no pool,
-no device and no graph, so that a whole trace runs through it alone. It imports nothing of the package but `html`,
+no device and no graph, so that a whole trace runs through it alone. It imports nothing of the package but `resource`,
 `checks`, `errors` and `files`; `buckets.plan` reads a model's `histogram()`, and `predictive` turns forecasts into warm
 buffers and graphs.
 """
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from .. import files
 from ..checks import whole_number
 from ..errors import BusyError
-from ..view import html
+from ..resource import Shown
 from . import learner
 
 __all__ = ["DemandModel", "Forecast"]
@@ -89,7 +89,7 @@ class _Turn:
         self._lock.release()
 
 
-class DemandModel:
+class DemandModel(Shown):
     """A moving window of the demand on one axis, and a forecast of what it asks for next.
 
     Parameters
@@ -155,10 +155,6 @@ class DemandModel:
 
     def __repr__(self) -> str:
         return f"<DemandModel: {len(self)} of {self.window} observations, {len(self.buckets)} buckets>"
-
-    def _repr_html_(self) -> str:
-        sizes, counts = self.histogram()
-        return html.card(repr(self), html.columns(dict(zip(sizes.tolist(), counts.tolist(), strict=True))))
 
     @property
     def buckets(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from .. import _cuda
 from ..errors import StaleBufferError
-from ..view import html
+from ..resource import Shown
 from .block import Block, Ticket, refuse_captured
 from .spec import BufferSpec, BufferState, Tier, is_bfloat16
 
@@ -21,7 +21,7 @@ __all__ = ["BufferEntry"]
 _open_captures = _cuda.captures
 
 
-class BufferEntry:
+class BufferEntry(Shown):
     """One leased buffer. End the lease once: by `release`, or by leaving a ``with``.
 
     Made by a pool's `allocate`; not to be made by hand.
@@ -283,11 +283,6 @@ class BufferEntry:
     def __repr__(self) -> str:
         return f"<BufferEntry {self.spec} {self.state.value}>"
 
-    def _repr_html_(self) -> str:
-        rows = [("state", self.state.value), ("tier", self.tier.value), ("size", html.nbytes(self.nbytes))]
-        if self._held:
-            rows += [("lease", f"number {self.generation} of this memory"), ("uses", str(self.use_count))]
-        return html.card(f"BufferEntry {self.spec}", html.table(["", ""], rows))
 
 
 _DEFAULTS = {"_site": "", "_state": BufferState.ALLOCATED, "last_used": None, "use_count": 0}

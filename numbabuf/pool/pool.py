@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from .. import _cuda
 from ..checks import whole_number
 from ..errors import CaptureError, TierFullError
-from ..view import html
+from ..resource import Resource
 from .block import Ledger, Ticket, refuse_captured
 from .entry import BufferEntry
 from .oom import Ladder
@@ -31,10 +31,11 @@ __all__ = ["BufferPool", "Limits", "SimpleBufferPool"]
 _open_captures = _cuda.captures
 
 
-class BufferPool(ABC):
+class BufferPool(Resource):
     """What every pool offers. A pool is a context manager; leaving it closes it."""
 
-    closed: bool
+    limits: MutableMapping[Tier, int | None]
+    """Tier -> most bytes, None for no limit; assignable."""
     device: int | None = None
     """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
 
@@ -70,14 +71,6 @@ class BufferPool(ABC):
     def close(self) -> None:
         """Free idle memory and refuse further leases; leased buffers stay valid until released. Idempotent."""
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a pool cannot be copied or pickled: its memory is this one's alone; make another")
-
-    def __enter__(self) -> BufferPool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class Limits(MutableMapping[Tier, "int | None"]):
@@ -579,14 +572,6 @@ class SimpleBufferPool(BufferPool):
         store, state = self._store, "closed, " if self.closed else ""
         return f"<{type(self).__name__} {state}{len(store.blocks)} buffers, {store.ledger.total} bytes>"
 
-    def _repr_html_(self) -> str:
-        ledger = self._store.ledger
-        bars = [
-            html.bar({tier.value: amount}, total=ledger.limit(tier), unit="bytes")
-            for tier, amount in ledger.reserved.items()
-            if amount and ledger.limit(tier)
-        ]
-        return html.card(repr(self), *bars, self.stats()._repr_html_())
 
 
 def _listed(specs: list[BufferSpec]) -> str:

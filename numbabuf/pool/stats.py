@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import config
 from ..checks import outside
-from ..view import html
+from ..resource import Shown
 from .spec import Tier
 
 __all__ = [
@@ -84,7 +84,7 @@ class OomSteps:
 
 
 @dataclass(frozen=True)
-class PoolStats:
+class PoolStats(Shown):
     """What a pool holds and has done, at one moment.
 
     ``in_use + idle + pending == reserved`` holds in every snapshot, for bytes and for counts, and
@@ -135,13 +135,6 @@ class PoolStats:
         """Part of the leases that needed no driver call, 1.0 before the first."""
         return 1.0 - self.misses / self.allocations if self.allocations else 1.0
 
-    def _repr_html_(self) -> str:
-        use = {"in use": self.in_use_bytes, "pending": self.pending_bytes, "idle": self.idle_bytes}
-        tiers = {tier.value: amount for tier, amount in self.reserved_by_tier.items() if amount}
-        return html.card(
-            type(self).__name__, html.bar(use, unit="bytes"), html.bar(tiers, unit="bytes") if len(tiers) > 1 else "",
-            html.fields(self), html.fields(self.oom) if any(vars(self.oom).values()) else "",
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,7 +161,7 @@ class HierarchyStats(PoolStats):
 
 
 @dataclass(frozen=True)
-class ScopeStats:
+class ScopeStats(Shown):
     """What happened within one ``with pool.statistics()``.
 
     `current` is net: buffers leased inside minus buffers released inside, so a scope that only releases goes below 0.
@@ -181,8 +174,6 @@ class ScopeStats:
     peak_count: int
     total_count: int
 
-    def _repr_html_(self) -> str:
-        return html.card("ScopeStats", html.fields(self))
 
 
 class Scope:
@@ -347,7 +338,7 @@ def caller() -> str:
 
 
 @dataclass(frozen=True)
-class ManagerStats:
+class ManagerStats(Shown):
     """What a manager did, at one moment.
 
     Attributes
@@ -394,18 +385,10 @@ class ManagerStats:
             rows.append((bucket, steps, live, round(100.0 * (bucket * steps / live - 1), 1) if live else 0.0))
         return rows
 
-    def _repr_html_(self) -> str:
-        tokens = {"live": self.live_tokens, "padding": self.padded_tokens - self.live_tokens}
-        return html.card(
-            f"ManagerStats: steps {self.steps:,}, padding {100 * self.padding:.1f} %", html.bar(tokens),
-            html.table(["bucket", "steps", "live tokens", "padding %"], self.padding_rows()),
-            html.bar({"slots (device)": self.arena_bytes, "ring (pinned)": self.ring_bytes}, unit="bytes"),
-            html.fields(self),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class PredictionStats:
+class PredictionStats(Shown):
     """How a predictive manager's predictions did, at one moment.
 
     Attributes
@@ -447,7 +430,3 @@ class PredictionStats:
     capture_seconds: float
     model_seconds: float
 
-    def _repr_html_(self) -> str:
-        return html.card(
-            "PredictionStats", html.bar({"hits": self.hits, "misses": self.misses}), html.fields(self)
-        )  # fmt: skip

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .. import _cuda
-from ..checks import whole_number
+from ..checks import nbytes, whole_number
 from ..demand import buckets
 from ..demand.model import DemandModel
 from ..errors import BucketOverflowError, BusyError, NumbabufError
@@ -29,7 +29,6 @@ from ..pool.spec import BufferSpec
 from ..pool.stats import PredictionStats
 from ..step.graph import CapturedStep, Step
 from ..step.manager import InputBufferManager, check_function
-from ..view import html
 from ..view.progress import stopped, track
 
 __all__ = ["PredictiveBufferManager"]
@@ -688,4 +687,4 @@ def _owned(lock: Any) -> bool:
 def _size_and_room(size: int) -> str:
     """What a progress bar says while a size is captured."""
     free = _cuda.memory_info()
-    return f"{size} tokens" + (f", {html.nbytes(free[0])} free" if free else "")
+    return f"{size} tokens" + (f", {nbytes(free[0])} free" if free else "")

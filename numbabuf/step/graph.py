@@ -11,12 +11,12 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import CaptureError
-from ..view import html
+from ..resource import Shown
 
 __all__ = ["CapturedStep", "Recording", "Step"]
 
 
-class Step(Mapping[str, Any]):
+class Step(Shown, Mapping[str, Any]):
     """A step as the user's function sees it: a mapping from slot names to device views padded to the bucket.
 
     Attributes
@@ -56,12 +56,9 @@ class Step(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Step({', '.join(f'{axis}={size}' for axis, size in self.bucket.items())})"
 
-    def _repr_html_(self) -> str:
-        rows = [(name, "x".join(map(str, view.shape)), str(view.dtype)) for name, view in self.items()]
-        return html.card(repr(self), html.table(["slot", "padded shape", "type"], rows))
 
 
-class CapturedStep:
+class CapturedStep(Shown):
     """A bucket ready to run: usually a graph of the fill of every slot and then the user's kernels.
 
     Attributes
@@ -111,9 +108,6 @@ class CapturedStep:
     def __repr__(self) -> str:
         return f"CapturedStep({self.step!r}, {self.steps} runs)"
 
-    def _repr_html_(self) -> str:
-        padding = max(0, self.sizes[0] * self.steps - self.live)
-        return html.card(repr(self), html.bar({"live tokens": self.live, "padding": padding}), self.step._repr_html_())
 
 
 class Recording:

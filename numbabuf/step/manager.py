@@ -15,15 +15,15 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from threading import get_ident
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import _cuda, config
-from ..checks import whole_number
+from ..checks import nbytes, whole_number
 from ..errors import BackendError, BucketOverflowError, BusyError, CaptureError, ClosedError, GraphMissingError
 from ..pool.pool import BufferPool, SimpleBufferPool
 from ..pool.spec import BufferSpec
 from ..pool.stats import ManagerStats
-from ..view import html
+from ..resource import Resource
 from ..view.progress import stopped, track
 from .arena import Arena
 from .graph import CapturedStep, Recording, Step
@@ -44,7 +44,7 @@ _this_thread = _cuda.this_thread
 _captures = _cuda.captures
 
 
-class InputBufferManager:
+class InputBufferManager(Resource):
     """Static input slots, filled from the host in one launch or one graph replay per step.
 
     Parameters
@@ -725,7 +725,7 @@ class InputBufferManager:
 
             def note(item: tuple[str, tuple[int, ...]]) -> str:
                 free = _cuda.memory_info()
-                room = f", {html.nbytes(free[0])} free" if free else ""
+                room = f", {nbytes(free[0])} free" if free else ""
                 return f"{item[0]} {dict(zip(self._axes, item[1], strict=True))}{room}"
 
             work = [("warm", size) for size in asked] + [("capture", size) for size in asked]
@@ -1012,15 +1012,9 @@ class InputBufferManager:
         # The driver does not serve a forked process, so there is nothing to give back.
         self.closed, self._ring = True, None
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a manager cannot be copied or pickled: its memory and graphs are this one's; make another")
-
     def __enter__(self) -> InputBufferManager:
         self._check_open()
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def stats(self) -> ManagerStats:
         """Return one consistent snapshot of the counters."""
@@ -1056,18 +1050,17 @@ class InputBufferManager:
             self.synchronize()
             self._arena.check()
 
+    @property
+    def pending(self) -> tuple[int, int] | None:
+        """Blocks of the staging ring that a queued fill may still read, and the ring's depth; None where none is."""
+        # Once: another thread may give the memory back meanwhile. Nor is memory read that went with its context.
+        ring = None if self._life.ended else self._ring
+        return None if ring is None else (ring.pending, self._depth)
+
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{len(self._service)} graphs"
         return f"{type(self).__name__}({len(self._slots)} slots, {self.max_tokens} tokens, ring={self._depth}, {state})"
 
-    def _repr_html_(self) -> str:
-        slots = [(slot.name, str(slot.spec), slot.axis or "whole", str(slot.pad)) for slot in self.slots]
-        # Once: another thread may give the memory back meanwhile. Nor is memory read that went with its context.
-        at = None if self._life.ended else self._ring
-        ring = html.squares(at.pending, self._depth, names=("staged", "free")) if at else ""
-        return html.card(
-            repr(self), html.table(["slot", "spec", "follows", "pad"], slots), ring, self.stats()._repr_html_()
-        )
 
 
 def check_function(fn: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from .._cuda import kernels
 from ..errors import ClosedError
 from ..pool.spec import BufferSpec, is_bfloat16, resolve_dtype
-from ..view import html
+from ..resource import Shown
 
 __all__ = ["CONVERSIONS", "InputSlot"]
 
@@ -44,7 +44,7 @@ _PAD_MODES = {"repeat_last": kernels.PAD_REPEAT, "keep": kernels.PAD_KEEP}
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:\+(\d+))?")
 
 
-class InputSlot:
+class InputSlot(Shown):
     """A named static device array that captured graphs read.
 
     Made by `InputBufferManager.register_slot`, which explains the parameters. It does not keep its manager alive.
@@ -378,14 +378,6 @@ class InputSlot:
         extra = f"+{self.extra}" if self.extra else ""
         return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
 
-    def _repr_html_(self) -> str:
-        rows = [
-            ("holds", f"{self.spec}, {html.nbytes(self.spec.size_bytes)}"),
-            ("staged as", f"{self.source_dtype}, at most {self.max_live:,} elements"),
-            ("follows", f"{self.axis}+{self.extra}" if self.extra else self.axis or "nothing: staged whole"),
-            ("pad", str(self.pad)),
-        ]
-        return html.card(f"InputSlot {self.name}", html.table(["", ""], rows))
 
 
 def _on_device(data: Any) -> bool:

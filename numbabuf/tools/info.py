@@ -13,9 +13,9 @@ import platform
 from typing import Any
 
 from .. import _cuda, config
+from ..checks import nbytes
 from ..errors import NumbabufError
 from ..pool.spec import Tier
-from ..view.html import nbytes
 
 __all__ = ["collect", "render"]
 

@@ -1,7 +1,7 @@
 """Small pieces of HTML for notebooks and the report: cards, tables and inline SVG bars, out of f-strings.
 
 Knows no buffer, only names and numbers; every text is escaped. Text takes the colour of the page it lands in, so that
-dark notebooks stay readable. Imports nothing of numbabuf; `stats` and all above it may call it.
+dark notebooks stay readable.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+from ..checks import nbytes
+
 __all__ = ["COLORS", "bar", "card", "columns", "escape", "fields", "nbytes", "squares", "table", "text"]
 
 COLORS = ("#3572b0", "#86b6e0", "#e0a03c", "#5a9e6f", "#b5527a", "#8a8a8a")
@@ -21,22 +23,6 @@ COLORS = ("#3572b0", "#86b6e0", "#e0a03c", "#5a9e6f", "#b5527a", "#8a8a8a")
 
 _CELL = "padding:2px 10px 2px 0;border:0;background:none;vertical-align:top"
 _FRAME = "stroke:currentColor;stroke-opacity:.35;stroke-width:1;fill:none"
-
-
-def nbytes(count: float) -> str:
-    """Return a number of bytes with its unit.
-
-    Examples
-    --------
-    >>> nbytes(0), nbytes(1536), nbytes(5 << 30)
-    ('0 B', '1.5 KiB', '5 GiB')
-    """
-    unit, size = "B", float(count)
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024:
-            break
-        unit, size = larger, size / 1024
-    return f"{size:.4g} {unit}"
 
 
 def text(value: object, unit: str = "") -> str:
