@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import _cuda
-from .pool import pool as _pool
+from .pool.pool import pools
 
 if TYPE_CHECKING:
     import pytest
@@ -37,7 +37,7 @@ def _leased() -> dict[Any, tuple[int, int, str]]:
     """Each pool: (leased buffers, buffers lost so far, what the pool says of itself)."""
     gc.collect()
     counts = {}
-    for pool in list(_pool._pools):
+    for pool in list(pools):
         stats = pool.stats()
         counts[pool] = (stats.in_use_count, stats.lost, repr(pool))
     return counts

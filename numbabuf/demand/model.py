@@ -263,7 +263,7 @@ class DemandModel(Shown):
                     f"{first.settings} and {other.settings}: make them alike"
                 )
         seen = sorted(pair for model in models for pair in model.seen)
-        return cls(**first.settings, clock=first._clock, seen=seen)
+        return cls(**first.settings, clock=first._clock, seen=seen)  # noqa: SLF001 - of this very class
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to ``path`` as JSON; a file there is replaced whole or not at all."""

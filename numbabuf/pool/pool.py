@@ -179,7 +179,7 @@ class SimpleBufferPool(BufferPool):
         self._store = store
         self._ladder = Ladder(store, on_oom)
         self._hot = store.shelves.hot
-        _pools.add(self)
+        pools.add(self)
 
     @property
     def device(self) -> int | None:  # type: ignore[override]
@@ -581,11 +581,12 @@ def _listed(specs: list[BufferSpec]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- fork
 
-_pools: weakref.WeakSet[SimpleBufferPool] = weakref.WeakSet()
+pools: weakref.WeakSet[SimpleBufferPool] = weakref.WeakSet()
+"""All pools of this process that are alive."""
 
 
 def _after_fork_in_child() -> None:
-    for pool in list(_pools):
+    for pool in list(pools):
         pool._disown()
 
 
