@@ -1115,21 +1115,6 @@ class Noting:
         return self.lock.__exit__(*exc)
 
 
-def test_a_use_whose_end_is_interrupted_at_the_lock_has_ended(make, stream, monkeypatch):
-    pool = make()
-    entry = pool.allocate(spec(64))
-    interrupts = [KeyboardInterrupt]
-
-    def asked():
-        if interrupts:
-            raise interrupts.pop()
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
-        with pool.use([entry], stream=stream):
-            patch.setattr(pool._store, "lock", Noting(pool._store.lock, asked))
-    assert caught and entry.movable and entry._record.mark is not None, "its work is marked"
-    entry.release()
-
 
 def test_a_use_that_is_interrupted_as_it_begins_claims_nothing(make, stream, monkeypatch):
     pool = make()

@@ -1093,20 +1093,6 @@ def test_closed_in_the_middle_of_an_allocation(pool, monkeypatch):
     assert pool.stats().reserved_bytes == 0
 
 
-def test_closed_in_the_middle_of_a_reservation(monkeypatch):
-    """What the reservation held of the pool's idle memory goes with the rest."""
-    pool = SimpleBufferPool()
-    pool.allocate(pinned(64)).release()
-
-    def close_first(nbytes):
-        pool.close()
-        raise MemoryError(f"no {nbytes} bytes")
-
-    monkeypatch.setattr(_cuda, "empty_pinned", close_first)
-    with pytest.raises((ClosedError, TierFullError)):
-        pool.reserve([pinned(64), pinned(1000)])
-    assert pool.stats().reserved_bytes == 0
-
 
 # ---------------------------------------------------------------------------------- interrupted, called from within
 
@@ -1130,65 +1116,7 @@ def test_a_pool_cannot_be_copied(pool, way):
         way(pool)
 
 
-def test_parked_memory_comes_home_once_where_a_finaliser_looks_meanwhile(pool, capture, monkeypatch):
-    entry = pool.allocate(pinned(64))
-    capture.begin()
-    entry.release()
-    capture.abort()
-    mark, within = pool._store.order.mark_users, []
 
-    def collected(block):
-        if not within:
-            within.append(True)
-            pool.stats()
-        return mark(block)
-
-    monkeypatch.setattr(pool._store.order, "mark_users", collected)
-    pool.stats()
-    assert within
-    two_leases(pool, pinned(64))
-
-
-def test_pending_memory_stays_pending_where_a_finaliser_looks_meanwhile(streams, monkeypatch):
-    _, one, _ = streams
-    with SimpleBufferPool() as pool:
-        pool.allocate(pinned(64)).release(stream=one)
-        within = []
-
-        def not_done(block):
-            if not within:
-                within.append(True)
-                pool.stats()
-            return False
-
-        with monkeypatch.context() as patch:
-            patch.setattr(pool._store.order, "done", not_done)
-            assert pool.stats().pending_count == 1 and within
-        gc.collect()
-        assert pool.stats().lost == 0
-
-
-@pytest.mark.parametrize("line", ["own", "others"])
-def test_ordered_memory_stays_ordered_where_a_finaliser_looks_meanwhile(streams, monkeypatch, line):
-    """While a wait is refused, a finaliser finds the stream's line empty, and drops it."""
-    _, one, two = streams
-    with SimpleBufferPool() as pool:
-        entry = pool.allocate(device(64), stream=one)
-        entry.record_stream(two)
-        entry.release()
-
-        def refuse(*_):
-            monkeypatch.undo()
-            pool.allocate(device(64), stream=three).release()
-            raise RuntimeError("broken wait")
-
-        three = _cuda.as_stream(None)
-        monkeypatch.setattr(pool._store.order, "put_behind", refuse)
-        with pytest.raises(RuntimeError, match="broken wait"):
-            pool.allocate(device(64), stream=two if line == "own" else one)
-        gc.collect()
-        assert pool.stats().lost == 0
-        pool.check()
 
 
 @pytest.mark.parametrize("stream", [None, "own"])
@@ -1220,14 +1148,6 @@ class Interrupted:
     def __exit__(self, *exc):
         return self.lock.__exit__(*exc)
 
-
-def test_a_scope_whose_end_is_interrupted_at_the_lock_is_closed(pool, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        with pool.statistics() as scope:
-            monkeypatch.setattr(pool._store, "lock", Interrupted(pool._store.lock))
-    monkeypatch.undo()
-    pool.allocate(pinned(64)).release()
-    assert scope.stats().total_count == 0 and not pool._store.watch.active
 
 
 @pytest.mark.parametrize("where", ["lock", "set_hot"])

@@ -1,5 +1,6 @@
 """A pool in a program with other threads' default streams, other devices and contexts that end."""
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from numba import cuda
 
-from numbabuf import BufferSpec, CaptureError, SimpleBufferPool
+from numbabuf import BackendError, BufferSpec, CaptureError, HierarchicalBufferPool, SimpleBufferPool, Tier
 
 SPEC = BufferSpec(256, "float32")
 
@@ -75,6 +76,67 @@ def test_what_is_released_elsewhere_serves_its_own_device(how):
         pool.close()
 
 
+@pytest.mark.devices
+@pytest.mark.real
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_stream_of_another_device_is_refused_and_changes_nothing(tier):
+    with cuda.gpus[1]:
+        foreign = cuda.stream()
+    with cuda.gpus[0]:
+        own = cuda.stream()
+        with SimpleBufferPool() as pool, HierarchicalBufferPool(device_bytes=4096, pinned_bytes=4096) as tiers:
+            spec = BufferSpec(256, "uint8", tier)
+            entry, moving = pool.allocate(spec), tiers.allocate(BufferSpec(256, "uint8"))
+            for call in (
+                lambda: entry.record_stream(foreign),
+                lambda: entry.mark_in_use(stream=foreign),
+                lambda: entry.release(stream=foreign),
+                lambda: pool.allocate(spec, stream=foreign),
+                lambda: moving.record_stream(foreign),
+                lambda: moving.mark_in_use(stream=foreign),
+                lambda: moving.release(stream=foreign),
+            ):
+                with pytest.raises(BackendError, match="device 1"):
+                    call()
+            assert entry.use_count == moving.use_count == 0
+            entry.mark_in_use(stream=own)
+            moving.mark_in_use(stream=own)
+            entry.release()
+            moving.release(stream=own)
+            pool.allocate(spec, stream=own).release()
+            pool.check()
+            tiers.check()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("call", ["device", "pinned", "clear", "clear pinned", "reserve", "limits"])
+def test_what_a_foreign_capture_in_this_thread_forbids_is_a_capture_error(call):
+    from cuda.core import Device
+
+    cuda.current_context()
+    stream = Device().create_stream()
+    with SimpleBufferPool() as pool:
+        idle = {"clear pinned": [BufferSpec(64, "uint8", Tier.PINNED)]}.get(call, [SPEC])
+        pool.reserve(idle)
+        calls = {
+            "device": lambda: pool.allocate(BufferSpec(5000)),
+            "pinned": lambda: pool.allocate(BufferSpec(5000, "uint8", Tier.PINNED)),
+            "reserve": lambda: pool.reserve([BufferSpec(5000)]),
+            "limits": lambda: pool.limits.__setitem__(Tier.DEVICE, 8),
+        }
+        builder = stream.create_graph_builder().begin_building("thread_local")
+        with pytest.raises(CaptureError, match="another library captures"):
+            calls.get(call, pool.clear)()
+        with contextlib.suppress(Exception):  # the driver's refusal has ended that capture
+            builder.end_building()
+        with contextlib.suppress(Exception):
+            builder.close()
+        pool.check()
+        assert pool.stats().idle_count == 1 and pool.limits[Tier.DEVICE] is None
+        calls.get(call, pool.clear)()
+        pool.check()
+
+
 @pytest.mark.real
 def test_a_stream_that_another_library_captures_leaves_the_pool_usable():
     from cuda.core import Device
@@ -104,13 +166,19 @@ try:
     cuda.close()
 except Exception:
     pass
-for call in (lambda: pool.allocate(spec), lambda: pool.allocate(BufferSpec(100)), lambda: pool.reserve([spec])):
+def refused(call):
     try:
         call()
     except ClosedError as error:
         assert "context" in str(error), error
     else:
         raise AssertionError("not refused")
+for call in (lambda: pool.allocate(spec), lambda: pool.allocate(BufferSpec(100)), lambda: pool.reserve([spec])):
+    refused(call)
+for look in ("array", "address", "device_array", "__cuda_array_interface__"):
+    refused(lambda: getattr(held, look))
+refused(held.mark_in_use)
+refused(pool.check)
 held.release()
 pool.close()
 print("right")

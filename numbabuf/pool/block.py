@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from .. import _cuda
-from ..errors import CaptureError, TierFullError
+from ..errors import BackendError, CaptureError, ClosedError, TierFullError
 from .spec import BufferSpec, Tier
 
 __all__ = [
-    "EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "same_memory", "same_stream",
-    "size_class",
+    "EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "refuse_foreign", "same_memory",
+    "same_stream", "size_class",
 ]  # fmt: skip
 
 EXACT_ABOVE = 16 << 20
@@ -84,13 +84,17 @@ class Block:
         By thread, as two that capture at once would overwrite each other's.
     pool
         A function that returns the pool, or None when that is gone.
+    device : int
+        Ordinal of the device that the memory is on, or that pinned memory was made for.
+    life : Lifetime
+        That of the context that the memory is in.
     site : str
         Where it was leased last, in debug mode.
     """
 
     __slots__ = (
-        "__weakref__", "address", "array", "base", "captured", "clean_at", "device_views", "events", "generation",
-        "home", "nbytes", "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
+        "__weakref__", "address", "array", "base", "captured", "clean_at", "device", "device_views", "events",
+        "generation", "home", "life", "nbytes", "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
     )  # fmt: skip
 
     home: Any
@@ -116,6 +120,8 @@ class Block:
         self.pins: dict[int, weakref.ref[Pin]] = {}
         self.plain = True
         self.pool: Any = None
+        self.device = _cuda.device_id()
+        self.life = _cuda.lifetime()
         self.site = ""
         self.become(spec)
         _register(self)
@@ -157,6 +163,27 @@ class Block:
             users = (*users, stream)
         self.users = users
 
+    def refuse_ended(self) -> None:
+        """Raise ClosedError if the context of the memory was closed or reset, and the memory is gone with it."""
+        if self.life.ended:
+            raise ClosedError(
+                f"the memory of {self.spec} went when its CUDA context was closed (cuda.close(), or a reset of the "
+                "context or device): make a new pool, and allocate there"
+            )
+
+    def refuse_stream(self, stream: Any) -> None:
+        """Raise for a `_cuda.Stream` on which nothing can be ordered after the work on the block.
+
+        Raises
+        ------
+        BackendError
+            It is another device's.
+        CaptureError
+            It is being captured, but not by this thread through numbabuf.
+        """
+        refuse_foreign(stream, self.device)
+        refuse_captured(stream)
+
     @property
     def clean(self) -> bool:
         """Whether an idle block has no queued work, so that any stream may have it without a wait."""
@@ -187,6 +214,21 @@ def same_stream(one: Any, other: Any) -> bool:
         return True
     owner = getattr(one.numba, "owner", None)
     return owner is not None and owner is getattr(other.numba, "owner", None)
+
+
+def refuse_foreign(stream: Any, device: int) -> None:
+    """Raise BackendError for a stream of another device than `device`; a default stream is every device's own."""
+    if _cuda.device_count() == 1 or stream.handle == 0 or stream.thread is not None:
+        return
+    try:
+        its = stream.device
+    except Exception as error:
+        raise TypeError(f"the driver knows no stream {stream.handle:#x}: give one that is open") from error
+    if its != device:
+        raise BackendError(
+            f"a stream of device {its} was given for memory of a pool on device {device}: use a stream of device "
+            f"{device}, or a pool for each device"
+        )
 
 
 def refuse_captured(stream: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from .. import _cuda
 from ..errors import StaleBufferError
 from ..resource import Shown
-from .block import Block, Ticket, refuse_captured
+from .block import Block, Ticket
 from .spec import BufferSpec, BufferState, Tier, is_bfloat16
 
 __all__ = ["BufferEntry"]
@@ -44,6 +44,8 @@ class BufferEntry(Shown):
     StaleBufferError
         From every use but `spec`, `state` and ``repr`` after the release; it names the spec, and with NUMBABUF_DEBUG=1
         where the buffer was released.
+    ClosedError
+        From the same uses after the context of the memory was closed or reset; a release is quiet.
 
     Notes
     -----
@@ -62,9 +64,8 @@ class BufferEntry(Shown):
     BufferState.FREE
     """
 
-    __slots__ = ("__weakref__", "_held", "_site", "_state", "array", "last_used", "spec", "use_count")
+    __slots__ = ("__weakref__", "_held", "_site", "_state", "last_used", "spec", "use_count")
 
-    array: Any
     spec: BufferSpec
     last_used: float | None
     use_count: int
@@ -73,10 +74,8 @@ class BufferEntry(Shown):
 
     def __init__(self, ticket: Ticket) -> None:
         # Hot path, guarded by benchmarks/pool.py: what has a default is left unset, see __getattr__.
-        block = ticket.block
         self._held = [ticket]
-        self.array = block.array
-        self.spec = block.spec
+        self.spec = ticket.block.spec
 
     def release(self, *, stream: Any = None) -> None:
         """End the lease.
@@ -112,7 +111,6 @@ class BufferEntry(Shown):
             self._refuse("released")
         block = ticket.block
         if block.plain and stream is None and not (_open_captures and _cuda.capturing()):
-            del self.array
             block.home(ticket)
             # A close makes all blocks not plain, then frees what is idle. Where it comes between the look above and
             # the way home, it misses this one, and the look here finds that out; one that comes later frees it.
@@ -131,7 +129,6 @@ class BufferEntry(Shown):
             if not ticket.placed:  # an interrupt may come when the pool has it already, and may have leased it anew
                 self._held.append(ticket)
             raise
-        del self.array
 
     def _arrive_late(self, block: Block) -> None:
         pool = block.pool()
@@ -167,10 +164,12 @@ class BufferEntry(Shown):
         ------
         CaptureError
             Another library, or another thread, captures the stream: keep the entry as long as that graph lives.
+        BackendError
+            The stream is another device's.
         """
         block = self._block("used")
         wrapped = _cuda.as_stream(stream)
-        refuse_captured(wrapped)
+        block.refuse_stream(wrapped)
         block.add_user(wrapped)
 
     def mark_staged(self) -> None:
@@ -192,6 +191,11 @@ class BufferEntry(Shown):
     def nbytes(self) -> int:
         """Size of `array` in bytes; the memory behind it may be up to an eighth larger."""
         return self.spec.size_bytes
+
+    @property
+    def array(self) -> Any:
+        """The buffer with the spec's shape and dtype; StaleBufferError after the release."""
+        return self._block("used").array
 
     @property
     def address(self) -> int:
@@ -258,9 +262,7 @@ class BufferEntry(Shown):
         raise TypeError(f"a lease cannot be copied or pickled ({self.spec}): copy its array")
 
     def __getattr__(self, name: str) -> Any:
-        """Give what `__init__` left unset its default; refuse what `release` has deleted."""
-        if name == "array":
-            self._refuse("used")
+        """Give what `__init__` left unset its default."""
         try:
             return _DEFAULTS[name]
         except KeyError:
@@ -268,9 +270,12 @@ class BufferEntry(Shown):
 
     def _block(self, what: str) -> Block:
         try:
-            return self._held[0].block
+            block = self._held[0].block
         except IndexError:
             self._refuse(what)
+        if block.life.ended and what != "released":
+            block.refuse_ended()
+        return block
 
     def _refuse(self, what: str) -> NoReturn:
         where = f", at {self._site}" if self._site else ""

@@ -82,8 +82,7 @@ class Ladder:
                 if note is None:
                     continue
                 report.append(f"{name}: {note}")
-                with self._store.lock:
-                    self.counts[name] += 1
+                self.counts[name] += 1
             try:
                 return serve()
             # No error outlives its handler. One that is kept in a local of a frame that it passed through makes a
@@ -93,12 +92,11 @@ class Ladder:
                 if not _cuda.is_out_of_memory(error):
                     raise
                 last = str(error)
-        with self._store.lock:
-            self.counts["failed"] += 1
+        self.counts["failed"] += 1
         raise TierFullError(self._account(spec, report, last))
 
     def _reap(self, tier: Tier, nbytes: int) -> str:
-        with self._store.lock:
+        with self._store.step("allocate"):
             return "buffers came home" if self._store.settle() else "nothing had finished"
 
     def _trim(self, tier: Tier, nbytes: int) -> str:
@@ -106,7 +104,7 @@ class Ladder:
 
     def _collect(self, tier: Tier, nbytes: int) -> str:
         gc.collect()
-        with self._store.lock:
+        with self._store.step("allocate"):
             found = self._store.settle()
         return f"{'lost buffers found, ' if found else ''}{self._trim(tier, nbytes)}"
 

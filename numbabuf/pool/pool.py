@@ -7,6 +7,7 @@ tiers and predicts nothing. Sits above `entry`, `store` and `ladder`, below `hie
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -267,7 +268,7 @@ class SimpleBufferPool(BufferPool):
             wrapped = self._stream(stream)
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
-        with store.there(), store.lock:
+        with self._step("allocate"):
             store.refuse_closed()
             if wrapped is not None:
                 store.refuse_elsewhere(wrapped)
@@ -283,7 +284,7 @@ class SimpleBufferPool(BufferPool):
             )
 
         def serve() -> BufferEntry:
-            with store.there(), store.lock:
+            with self._step("allocate"):
                 ticket, kind = store.find(spec, wrapped)
             if ticket is None:
                 ticket, kind = store.grow(spec), "miss"
@@ -300,7 +301,15 @@ class SimpleBufferPool(BufferPool):
     def _take_back(self, ticket: Ticket, stream: Any) -> str:
         """End a lease that is not plain, for its entry; returns where, in debug mode."""
         store = self._store
-        store.release(ticket, None if stream is None else self._stream(stream))
+        wrapped = None if stream is None else self._stream(stream)
+        # One thread, a finaliser in the middle of its trim:
+        #   trim: looks through the waiting buffers
+        #   collector: runs a finaliser, which releases an entry
+        #   release: would add to what trim looks through. It is put off to the end of the trim.
+        if store.turns.mine():
+            store.turns.later(functools.partial(store.release_late, ticket, wrapped))
+        else:
+            store.release(ticket, wrapped)
         return caller() if store.watch.debug else ""
 
     @staticmethod
@@ -314,8 +323,15 @@ class SimpleBufferPool(BufferPool):
 
     def _look_again(self) -> None:
         """A plain release may have met with the close of the pool, and then came home unseen."""
-        with self._store.lock:
-            self._store.settle()
+        turns = self._store.turns
+        turns.later(self._store.settle)
+        if not turns.mine():
+            with self._store.there(), turns.lock:
+                turns.do_late()
+
+    def _step(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """One step of the pool, a call from outside; BusyError where this thread is in the middle of one already."""
+        return self._store.step(what)
 
     # ------------------------------------------------------------------------------------------ memory, back and ahead
 
@@ -342,9 +358,13 @@ class SimpleBufferPool(BufferPool):
         for spec in wanted:
             if not isinstance(spec, BufferSpec):
                 raise TypeError(f"reserve was given {spec!r}: give BufferSpec(shape, dtype, tier)")
-        self._store.refuse_closed()
-        if _cuda.capturing():
-            raise CaptureError("reserve cannot allocate while a graph is captured: call it before the capture")
+        with self._step("reserve"):
+            self._store.refuse_closed()
+            if _cuda.capturing():
+                raise CaptureError("reserve cannot allocate while a graph is captured: call it before the capture")
+            self._reserve(wanted)
+
+    def _reserve(self, wanted: list[BufferSpec]) -> None:
         refused = self._store.reserve(wanted)
         if refused:
             self._store.flush()
@@ -377,7 +397,7 @@ class SimpleBufferPool(BufferPool):
         """
         max_bytes = whole_number("max_bytes", max_bytes)
         store = self._store
-        with store.lock:
+        with self._step("trim"):
             store.refuse_capture("trim")
             store.settle()
             freed = 0
@@ -385,8 +405,8 @@ class SimpleBufferPool(BufferPool):
                 excess = store.ledger.total - max_bytes
                 if excess > 0:
                     freed += store.free_idle(excess, (tier,))
-        if freed:
-            store.flush()
+            if freed:
+                store.flush()
         return freed
 
     def clear(self) -> None:
@@ -409,12 +429,13 @@ class SimpleBufferPool(BufferPool):
         CaptureError
             This thread captures, which forbids freeing.
         """
-        store = self._store
-        with store.lock:
-            store.refuse_capture("close")
-            freed = store.close("the pool is closed: make a new one, or allocate before close()")
-        if freed:
-            store.flush()
+        with self._step("close"):
+            self._store.refuse_capture("close")
+            self._close()
+
+    def _close(self) -> None:
+        if self._store.close("the pool is closed: make a new one, or allocate before close()"):
+            self._store.flush()
 
     # --------------------------------------------------------------------------------------------------------- limits
 
@@ -450,7 +471,7 @@ class SimpleBufferPool(BufferPool):
     def _set_limit(self, tier: Tier, nbytes: int | None) -> None:
         nbytes = None if nbytes is None else whole_number(f"limits[{tier}]", nbytes)
         store = self._store
-        with store.there(), store.lock:
+        with self._step("limits"):
             store.refuse_closed()
             ledger = store.ledger
             if nbytes is not None and ledger.taken(tier) > nbytes:
@@ -474,40 +495,41 @@ class SimpleBufferPool(BufferPool):
         -----
         Cost: about 15 us, and up to 1 us per buffer; leases do no counting for it.
         """
+        with self._step("stats"):
+            return self._stats()
+
+    def _stats(self) -> PoolStats:
         store = self._store
-        with store.lock:
-            try:
-                store.settle()
-            except Exception:  # a faulted device; whoever asks it for work is told, and these figures hold without it
-                pass
-            idle = [ticket.block.nbytes for ticket in store.idle()]
-            pending = [block.nbytes for block in store.waiting()]
-            blocks = list(store.blocks)
-            leases = [block.generation for block in blocks]
-            reserved = store.ledger.total
-            counts = store.counts
-            allocations = store.past_leases + sum(leases)
-            return PoolStats(
-                reserved_bytes=reserved,
-                in_use_bytes=reserved - sum(idle) - sum(pending),
-                idle_bytes=sum(idle),
-                pending_bytes=sum(pending),
-                peak_bytes=store.ledger.peak,
-                peak_count=store.peak_count,
-                reserved_count=len(blocks),
-                in_use_count=len(blocks) - len(idle) - len(pending),
-                idle_count=len(idle),
-                pending_count=len(pending),
-                waste_bytes=sum(block.nbytes - block.spec.size_bytes for block in blocks),
-                allocations=allocations,
-                allocated_bytes=store.past_bytes + sum(n * b.nbytes for n, b in zip(leases, blocks, strict=True)),
-                exact_hits=allocations - counts["class_hits"] - counts["misses"],
-                stream_waits=store.order.waits,
-                lost_streams=store.order.lost_streams,
-                oom=OomSteps(**self._ladder.counts),
-                reserved_by_tier=Frozen(store.ledger.reserved),
-                **counts,
-            )
+        with contextlib.suppress(Exception):  # a faulted device: asked for work it says so, and this holds without it
+            store.settle()
+        idle = [ticket.block.nbytes for ticket in store.idle()]
+        pending = [block.nbytes for block in store.waiting()]
+        blocks = list(store.blocks)
+        leases = [block.generation for block in blocks]
+        reserved = store.ledger.total
+        counts = store.counts
+        allocations = store.past_leases + sum(leases)
+        return PoolStats(
+            reserved_bytes=reserved,
+            in_use_bytes=reserved - sum(idle) - sum(pending),
+            idle_bytes=sum(idle),
+            pending_bytes=sum(pending),
+            peak_bytes=store.ledger.peak,
+            peak_count=store.peak_count,
+            reserved_count=len(blocks),
+            in_use_count=len(blocks) - len(idle) - len(pending),
+            idle_count=len(idle),
+            pending_count=len(pending),
+            waste_bytes=sum(block.nbytes - block.spec.size_bytes for block in blocks),
+            allocations=allocations,
+            allocated_bytes=store.past_bytes + sum(n * b.nbytes for n, b in zip(leases, blocks, strict=True)),
+            exact_hits=allocations - counts["class_hits"] - counts["misses"],
+            stream_waits=store.order.waits,
+            lost_streams=store.order.lost_streams,
+            oom=OomSteps(**self._ladder.counts),
+            reserved_by_tier=Frozen(store.ledger.reserved),
+            **counts,
+        )
 
     @contextlib.contextmanager
     def statistics(self) -> Iterator[Scope]:
@@ -532,7 +554,7 @@ class SimpleBufferPool(BufferPool):
                 store.set_hot()
             yield scope
         finally:
-            with store.ending():
+            with store.lock:
                 store.watch.close(scope)
                 store.set_hot()
 
@@ -557,12 +579,21 @@ class SimpleBufferPool(BufferPool):
         ------
         AssertionError
             One does not hold; the text names it and dumps the pool.
+        ClosedError
+            The context of the memory was closed or reset.
 
         Notes
         -----
         Threads: leases by other threads may go on meanwhile.
         """
-        self._store.check(repr(self))
+        with self._step("check"):
+            self._check()
+
+    def _check(self) -> None:
+        store = self._store
+        if store.life is not None and store.life.ended:
+            store.refuse_closed()
+        store.check(repr(self))
 
     def _disown(self) -> None:
         """In a forked child: be closed, and leave the memory to the parent."""

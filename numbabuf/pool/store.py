@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import _cuda
-from ..errors import BackendError, CaptureError, ClosedError
-from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, same_memory, size_class
+from ..errors import CaptureError, ClosedError
+from .block import (
+    Alarm,
+    Block,
+    Ledger,
+    Ticket,
+    line_of,
+    refuse_captured,
+    refuse_foreign,
+    same_memory,
+    size_class,
+)
 from .ordering import StreamOrder
 from .shelves import Shelves, pop_fitting, same_class
 from .spec import BufferSpec, Tier
 from .stats import Watch
+from .turns import Turns
 
 __all__ = ["Store"]
 
@@ -42,9 +52,10 @@ class Store:
 
     Attributes
     ----------
+    turns : Turns
+        The guard of the pool: `step` holds it, and refuses what runs in the middle of its holder.
     lock : threading.RLock
-        Guards everything here but the ends of the shelves' `ready` lines. It can be taken again by its holder: the
-        collector may run a user's finaliser that releases an entry.
+        That of `turns`; guards everything here but the ends of the shelves' `ready` lines.
     closed : str
         Why there are no leases any more; empty while there are.
     blocks : dict of Block to Alarm
@@ -73,7 +84,8 @@ class Store:
 
     def _begin(self, ledger: Ledger, order: StreamOrder) -> None:
         """Start without any memory."""
-        self.lock = threading.RLock()
+        self.turns = Turns()
+        self.lock = self.turns.lock
         self.ledger = ledger
         self.order = order
         self.shelves = Shelves()
@@ -192,6 +204,30 @@ class Store:
             if not self._hot:
                 self.watch.tell("release", block)
 
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """One step of the pool, a call from outside: the lock held, and the device of the memory current.
+
+        Raises
+        ------
+        BusyError
+            This thread is in the middle of a step already.
+        CaptureError
+            The driver refuses the step, as another library captures in this thread.
+        """
+        turns = self.turns
+        turns.refuse_mine(self._owner(), what)
+        with self.there(), self.lock:
+            try:
+                turns.do_late()
+                yield
+            except Exception as error:
+                if not _cuda.is_capture_error(error):
+                    raise
+                raise _refused(what) from error
+            finally:
+                turns.do_late()
+
     def there(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
         return contextlib.nullcontext() if self.device is None else _cuda.on_device(self.device)
@@ -199,12 +235,7 @@ class Store:
     def refuse_elsewhere(self, stream: Any) -> None:
         """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""
         if _cuda.device_count() > 1:
-            mine = _cuda.device_id() if self.device is None else self.device
-            if stream.device != mine:
-                raise BackendError(
-                    f"a stream of device {stream.device} was given to {self._owner()!r}, whose memory is on device "
-                    f"{mine}: use a stream of that device, or a pool for each device"
-                )
+            refuse_foreign(stream, _cuda.device_id() if self.device is None else self.device)
 
     @staticmethod
     def _captured_by_us(stream: Any) -> bool:
@@ -216,15 +247,25 @@ class Store:
         with self.there():
             _cuda.flush_pending_frees()
 
-    def retire(self, ticket: Ticket) -> None:
-        """Give up memory that a move took, without fail: what cannot be marked now is tried again later. Lock held."""
+    def release_late(self, ticket: Ticket, stream: Any) -> None:
+        """End a lease that was ended in the middle of a step, when that step has ended. Lock held."""
+        with self.there():
+            if stream is not None:
+                ticket.block.add_user(stream)
+            self.retire(ticket, lease=True)
+
+    def retire(self, ticket: Ticket, *, lease: bool = False) -> None:
+        """Give up memory without fail: what cannot be marked now is tried again later. Lock held.
+
+        `lease`: it was a user's, not what a move took.
+        """
         ticket.block.plain = False
         try:
             self.put_back(ticket)
         except Exception:
             self._park(ticket)
         if not self._hot:
-            self.watch.tell("release", ticket.block, lease=False)
+            self.watch.tell("release", ticket.block, lease=lease)
 
     def _park(self, ticket: Ticket) -> None:
         """Put a buffer aside, to be put back later. Lock held."""
@@ -384,10 +425,12 @@ class Store:
                 block.home = self.shelves.enter(spec).ready.append
                 self.tell("grow", block)
                 return ticket
-        except BaseException:
+        except BaseException as error:
             if not kept:
                 with self.lock:
                     self.ledger.withdraw(spec.tier, nbytes)
+            if _cuda.is_capture_error(error):
+                raise _refused(f"a request for {spec}") from error
             raise
 
     def try_to_grow(self, spec: BufferSpec) -> Ticket | None:
@@ -480,6 +523,11 @@ class Store:
     def _free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
         freed = 0
         synchronised = False
+        if len(self.shelves):
+            _cuda.require()
+            # Asked before anything is given up: where another library captures in this thread, the driver refuses
+            # this, and it would refuse the free as well, when Numba has forgotten the address already.
+            self.order.default.query()
         for shelf in self.shelves:
             while freed < nbytes and shelf.spec.tier in tiers:
                 found = shelf.pop_idle()
@@ -488,7 +536,6 @@ class Store:
                 ticket, line = found
                 block = ticket.block
                 try:
-                    _cuda.require()
                     if shelf.spec.tier is Tier.DEVICE and not block.events and not synchronised:
                         self.order.default.synchronize()
                         synchronised = True
@@ -520,20 +567,6 @@ class Store:
         return ticket
 
     # ------------------------------------------------------------------------------------------- open, watched, closed
-
-    @contextlib.contextmanager
-    def ending(self) -> Iterator[None]:
-        """Hold the lock to end what was begun: an interrupt of the wait for it is raised when that is done."""
-        held = False
-        try:
-            with self.lock:
-                held = True
-                yield
-        except BaseException:
-            if not held:
-                with self.lock:  # an interrupt of this wait comes through: somebody insists
-                    yield
-            raise
 
     def set_hot(self) -> None:
         """Send every lease by the locked way while somebody watches or the pool is closed, else let hits go past it."""
@@ -664,6 +697,13 @@ class Store:
         self.shelves.serve(False)
         _inherited.append(dict(vars(self)))
         self._begin(Ledger(None, None), StreamOrder(self.order.reuse))
+
+
+def _refused(what: str) -> CaptureError:
+    return CaptureError(
+        f"{what} needs the driver, which refuses it while another library captures a graph in this thread; that graph "
+        "may have been ended by it: call it before or after that capture"
+    )
 
 
 _inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it

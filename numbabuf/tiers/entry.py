@@ -99,14 +99,12 @@ class TieredEntry(BufferEntry):
     def __init__(self, ticket: Ticket, spec: BufferSpec) -> None:
         super().__init__(ticket)
         self.spec = spec
-        del self.array  # left unset, so that whoever asks for it comes to `__getattr__`
 
-    def __getattr__(self, name: str) -> Any:
-        """Find `array` where it is now; outside a lease, fix it there first."""
-        if name == "array" and self._held:
-            self._fix()
-            return self._held[0].block.array
-        return super().__getattr__(name)
+    @property
+    def array(self) -> Any:
+        """The buffer where it is now. Outside a lease this fixes it there."""
+        self._fix()
+        return super().array
 
     def _fix(self) -> None:
         block = self._block("used")
@@ -175,11 +173,11 @@ class TieredEntry(BufferEntry):
             return
         wrapped = None if stream is None else _cuda.as_stream(stream)
         record = self._record
-        if pool._turns.mine:
+        if pool._turns.mine():
             pool._turns.later(functools.partial(self._end_late, pool, wrapped))
             return
         if stream is None and self._held[0].block.plain and record.copy is None and record.home is None:
-            pool._turns.run(pool._lock, self._end, pool, None)  # hot path: the driver is asked for nothing
+            pool._turns.run(self._end, pool, None)  # hot path: the driver is asked for nothing
             return
         with pool._step("release"):
             self._end(pool, wrapped)
@@ -194,11 +192,6 @@ class TieredEntry(BufferEntry):
 
     def _end(self, pool: Any, stream: Any) -> None:
         self._refuse_leased()
-        self.array = None  # for the base, which deletes it
-        try:
-            super().release(stream=stream)
-        except BaseException:
-            del self.array
-            raise
+        super().release(stream=stream)
         if pool is not None:
             pool._forget(self._record)

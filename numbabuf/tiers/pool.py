@@ -23,7 +23,7 @@ from ..errors import BusyError, CaptureError, TierFullError
 from ..pool.block import Ledger, Ticket, size_class
 from ..pool.pool import SimpleBufferPool
 from ..pool.spec import BufferSpec, BufferState, Tier
-from ..pool.stats import Frozen, HierarchyStats
+from ..pool.stats import Frozen, HierarchyStats, PoolStats, caller
 from ..pool.store import Store
 from ..pool.turns import Turns
 from . import calibration
@@ -232,7 +232,6 @@ class HierarchicalBufferPool(SimpleBufferPool):
         budgets = {Tier.DEVICE: device_bytes, Tier.MANAGED: managed_bytes, Tier.PINNED: pinned_bytes}
         budgets = {tier: whole_number(f"{tier.value}_bytes", budget) for tier, budget in budgets.items()}
         self._begin(_TierStore(budgets, weakref.ref(self), events), on_oom)
-        self._turns = Turns()
         self._keys = itertools.count(1)
         self._records: dict[int, Record] = {}
         self._gone: deque[int] = deque()  # keys of entries that died
@@ -242,6 +241,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
         self._moved = dict.fromkeys(("promotions", "demotions", "clean_demotions", "in_place", "refused"), 0)
         self._made_mover: Mover | None = None
         self.policy = make_policy(policy, device_bytes)  # last: it takes the policy, and nothing fails from here on
+
+    @property
+    def _turns(self) -> Turns:
+        return self._store.turns
 
     @property
     def _lock(self) -> threading.RLock:
@@ -255,10 +258,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
         BusyError where this thread is in the middle of one already, ClosedError after the end of the context.
         """
         self._refuse_ended()
-        device = self._store.device  # None: no memory yet, and perhaps no device that could be made current
-        with contextlib.nullcontext() if device is None else _cuda.on_device(device):
-            with self._turns.take(self._lock, self, what):
-                yield
+        with self._store.step(what):
+            yield
+
+    def _take_back(self, ticket: Ticket, stream: Any) -> str:
+        """As in `SimpleBufferPool`, but within the step of the entry's release."""
+        self._store.release(ticket, None if stream is None else self._stream(stream))
+        return caller() if self._store.watch.debug else ""
 
     @property
     def _ended(self) -> bool:
@@ -337,7 +343,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 pass
             else:
                 ticket.block.generation += 1
-                return self._turns.run(self._lock, self._enlist, ticket, spec)
+                return self._turns.run(self._enlist, ticket, spec)
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         if stream is not None:
@@ -429,29 +435,22 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
         They are ready in the tier of their spec: none goes to a tier below.
         """
-        wanted = list(specs)
-        with self._step("reserve"):
-            self._store.refuse_closed()
-            if not _cuda.capturing():
-                needed, kept = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
-                for spec in wanted:
-                    if isinstance(spec, BufferSpec):  # others are refused below
-                        needed[spec.tier] += size_class(max(1, spec.size_bytes))
-                for ticket in self._store.idle():
-                    if ticket.block.spec in self._reserved.difference(wanted):
-                        kept[ticket.block.tier] += ticket.block.nbytes
-                for tier, nbytes in needed.items():
-                    # Idle buffers that serve already are part of the room there is. Those of earlier calls are not,
-                    # as long as others can go instead: what was reserved shall be there when it is leased.
-                    if nbytes and not self._make_room(tier, nbytes + kept[tier]):
-                        self._make_room(tier, nbytes)
-            super().reserve(wanted)
-            self._reserved = {block.spec for block in self._store.blocks} & self._reserved.union(wanted)
+        super().reserve(specs)
 
-    def trim(self, max_bytes: int) -> int:
-        """Free idle memory, as in `SimpleBufferPool.trim`."""
-        with self._step("trim"):
-            return super().trim(max_bytes)
+    def _reserve(self, wanted: list[BufferSpec]) -> None:
+        needed, kept = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
+        for spec in wanted:
+            needed[spec.tier] += size_class(max(1, spec.size_bytes))
+        for ticket in self._store.idle():
+            if ticket.block.spec in self._reserved.difference(wanted):
+                kept[ticket.block.tier] += ticket.block.nbytes
+        for tier, nbytes in needed.items():
+            # Idle buffers that serve already are part of the room there is. Those of earlier calls are not,
+            # as long as others can go instead: what was reserved shall be there when it is leased.
+            if nbytes and not self._make_room(tier, nbytes + kept[tier]):
+                self._make_room(tier, nbytes)
+        super()._reserve(wanted)
+        self._reserved = {block.spec for block in self._store.blocks} & self._reserved.union(wanted)
 
     # -------------------------------------------------------------------------------------------------------- use
 
@@ -502,17 +501,17 @@ class HierarchicalBufferPool(SimpleBufferPool):
         _refuse_captured(wrapped)
         lease = _Lease(chosen, wrapped, _cuda.capturing())
         try:
-            with self._turns.take(self._lock, self, "use"):
+            with self._store.step("use"):
                 self._store.refuse_closed()
                 self._begin_use(lease, write=write, in_place=in_place)
             yield [entry._held[0].block.device_view() for entry in chosen]
         finally:
             if self._ended:
                 lease.claims.close()
-            elif self._turns.mine:  # by a finaliser, or refused
+            elif self._turns.mine():  # by a finaliser, or refused
                 self._turns.later(functools.partial(self._end_use, lease))
             else:
-                with self._store.ending(), self._step("the end of a use"):
+                with self._step("the end of a use"):
                     self._end_use(lease)
 
     def _begin_use(self, lease: _Lease, *, write: bool, in_place: bool) -> None:
@@ -965,51 +964,52 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     def stats(self) -> HierarchyStats:
         """Return one consistent snapshot: all its figures are of one moment."""
-        with self._step("stats"):
-            if not _cuda.capturing():
-                self._sweep()
-            base = super().stats()
-            tiers = {tier: len(keys) for tier, keys in self._places.items()}
-            mover = self._made_mover
-            shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-            store = self._store
-            shared["oom"] = dataclasses.replace(base.oom, trim=base.oom.trim + store.trims)
-            shared["allocations"] -= store.moves
-            shared["allocated_bytes"] -= store.moves_bytes
-            shared["exact_hits"] -= store.moves
-            return HierarchyStats(
-                **shared | self._moved,
-                settled=store.settled,
-                launches=mover.launches if mover else 0,
-                moved_bytes=mover.moved_bytes if mover else 0,
-                buffers_by_tier=Frozen(tiers),
-            )
+        found: HierarchyStats = super().stats()  # type: ignore[assignment]  # as `_stats` has it
+        return found
 
-    def check(self) -> None:
-        """Assert the pool's invariants; the message of a failure holds the pool's whole state."""
-        with self._step("check"):
-            super().check()
-            seen: set[int] = set()
-            for record in self._records.values():
-                entry = record.entry()
-                held = [ticket for ticket in (record.copy, record.home) if ticket is not None]
-                if entry is not None and entry._held:
-                    assert entry._record is record, f"{entry!r} has another entry's record"
-                    held.append(entry._held[0])
-                    assert record.copy is None or entry.tier is Tier.DEVICE, f"{entry!r} has a copy below {entry.tier}"
-                    assert record.copy is None or not record.fixed, f"{entry!r} is fixed and has a copy"
-                    assert not record.fixed or entry.tier is entry.spec.tier, f"{entry!r} is fixed in {entry.tier}"
-                    assert record.home is None or entry.tier is not Tier.DEVICE, f"{entry!r} is at home twice"
-                    assert record.key in self._places[entry.tier], f"{entry!r} is noted in another tier"
-                assert (record.home is not None) == (record.key in self._homes), f"{entry!r} is noted otherwise"
-                assert record.uses >= 0, f"{entry!r} has {record.uses} uses"
-                for ticket in held:
-                    assert ticket.block in self._store.blocks, f"{ticket.block} of {entry!r} is not the pool's"
-                    assert id(ticket.block) not in seen, f"{ticket.block} is held twice"
-                    seen.add(id(ticket.block))
-            assert sum(map(len, self._places.values())) == len(self._records), f"{self._places} of {len(self._records)}"
-            for block in (*(ticket.block for ticket in self._store.idle()), *self._store.waiting()):
-                assert id(block) not in seen, f"{block} is idle and held"
+    def _stats(self) -> PoolStats:
+        if not _cuda.capturing():
+            self._sweep()
+        base = super()._stats()
+        tiers = {tier: len(keys) for tier, keys in self._places.items()}
+        mover = self._made_mover
+        shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+        store = self._store
+        shared["oom"] = dataclasses.replace(base.oom, trim=base.oom.trim + store.trims)
+        shared["allocations"] -= store.moves
+        shared["allocated_bytes"] -= store.moves_bytes
+        shared["exact_hits"] -= store.moves
+        return HierarchyStats(
+            **shared | self._moved,
+            settled=store.settled,
+            launches=mover.launches if mover else 0,
+            moved_bytes=mover.moved_bytes if mover else 0,
+            buffers_by_tier=Frozen(tiers),
+        )
+
+    def _check(self) -> None:
+        super()._check()
+        seen: set[int] = set()
+        for record in self._records.values():
+            entry = record.entry()
+            held = [ticket for ticket in (record.copy, record.home) if ticket is not None]
+            if entry is not None and entry._held:
+                assert entry._record is record, f"{entry!r} has another entry's record"
+                held.append(entry._held[0])
+                assert record.copy is None or entry.tier is Tier.DEVICE, f"{entry!r} has a copy below {entry.tier}"
+                assert record.copy is None or not record.fixed, f"{entry!r} is fixed and has a copy"
+                assert not record.fixed or entry.tier is entry.spec.tier, f"{entry!r} is fixed in {entry.tier}"
+                assert record.home is None or entry.tier is not Tier.DEVICE, f"{entry!r} is at home twice"
+                assert record.key in self._places[entry.tier], f"{entry!r} is noted in another tier"
+            assert (record.home is not None) == (record.key in self._homes), f"{entry!r} is noted otherwise"
+            assert record.uses >= 0, f"{entry!r} has {record.uses} uses"
+            for ticket in held:
+                assert ticket.block in self._store.blocks, f"{ticket.block} of {entry!r} is not the pool's"
+                assert id(ticket.block) not in seen, f"{ticket.block} is held twice"
+                seen.add(id(ticket.block))
+        assert sum(map(len, self._places.values())) == len(self._records), f"{self._places} of {len(self._records)}"
+        for block in (*(ticket.block for ticket in self._store.idle()), *self._store.waiting()):
+            assert id(block) not in seen, f"{block} is idle and held"
 
     def close(self) -> None:
         """Give up clean copies and idle memory, and refuse further leases, uses and moves.
@@ -1019,18 +1019,19 @@ class HierarchicalBufferPool(SimpleBufferPool):
         if self._ended:  # nothing is left to free
             self._store.closed = self._store.closed or "the pool is closed: make a new one"
             return
-        with self._step("close"):
-            self._store.refuse_capture("close")
-            for record in list(self._records.values()):
-                self._drop_copy(record)
-            mover = None if self.closed else self._made_mover  # closed in a forked child, it is the parent's
-            super().close()
-            if mover is not None:
-                mover.close()
+        super().close()
+
+    def _close(self) -> None:
+        for record in list(self._records.values()):
+            self._drop_copy(record)
+        mover = None if self.closed else self._made_mover  # closed in a forked child, it is the parent's
+        super()._close()
+        if mover is not None:
+            mover.close()
 
     def _disown(self) -> None:
         super()._disown()
-        self._store.life, self._turns = None, Turns()
+        self._store.life = None
         self._records.clear()
         self._gone.clear()
         for keys in (self._homes, *self._places.values()):
