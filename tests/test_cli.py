@@ -283,17 +283,17 @@ def undecided(monkeypatch):
 
 
 def test_a_choice_that_was_made_stays(undecided):
-    undecided.setattr(cli, "_device_problem", lambda: pytest.fail("the device was asked for"))
+    undecided.setattr(cli, "device_problem", lambda: pytest.fail("the device was asked for"))
     undecided.setenv("NUMBA_ENABLE_CUDASIM", "1")
-    cli._choose_backend(restart=True)
+    cli.choose_backend(restart=True)
     assert os.environ["NUMBA_ENABLE_CUDASIM"] == "1"
 
 
 def test_a_choice_of_the_gpu_stays_and_is_refused_where_there_is_none(undecided, capsys):
     undecided.setenv("NUMBA_ENABLE_CUDASIM", "0")
-    undecided.setattr(cli, "_device_problem", lambda: None)
-    cli._choose_backend(restart=True)
-    undecided.setattr(cli, "_device_problem", lambda: "none here")
+    undecided.setattr(cli, "device_problem", lambda: None)
+    cli.choose_backend(restart=True)
+    undecided.setattr(cli, "device_problem", lambda: "none here")
     assert cli.main(["replay"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("numbabuf: error: no GPU (none here)") and err.count("\n") == 1
@@ -301,27 +301,27 @@ def test_a_choice_of_the_gpu_stays_and_is_refused_where_there_is_none(undecided,
 
 
 def test_a_device_is_used(undecided, capsys):
-    undecided.setattr(cli, "_device_problem", lambda: None)
-    cli._choose_backend(restart=True)
+    undecided.setattr(cli, "device_problem", lambda: None)
+    cli.choose_backend(restart=True)
     assert "NUMBA_ENABLE_CUDASIM" not in os.environ and capsys.readouterr().err == ""
 
 
 def test_no_device_before_numba_is_imported(undecided, capsys):
-    undecided.setattr(cli, "_device_problem", lambda: "none here")
+    undecided.setattr(cli, "device_problem", lambda: "none here")
     undecided.delitem(sys.modules, "numba")
-    cli._choose_backend(restart=False)
+    cli.choose_backend(restart=False)
     assert os.environ["NUMBA_ENABLE_CUDASIM"] == "1"
     assert "no GPU (none here); using Numba's simulator" in capsys.readouterr().err
 
 
 def test_no_device_after_numba_was_imported_starts_anew_once(undecided, capsys):
     started = []
-    undecided.setattr(cli, "_device_problem", lambda: "none here")
+    undecided.setattr(cli, "device_problem", lambda: "none here")
     undecided.setattr(sys, "platform", "linux")
     undecided.setattr(sys, "orig_argv", ["python", "-W", "error", "-m", "numbabuf", "replay"])
     undecided.setattr(os, "execv", lambda *arguments: started.append(arguments))
     for _ in range(2):
-        cli._choose_backend(restart=True)
+        cli.choose_backend(restart=True)
     (call,) = started
     assert call == (sys.executable, [sys.executable, "-W", "error", "-m", "numbabuf", "replay"])
     assert os.environ["NUMBA_ENABLE_CUDASIM"] == "1"
@@ -329,10 +329,10 @@ def test_no_device_after_numba_was_imported_starts_anew_once(undecided, capsys):
 
 
 def test_a_caller_in_process_is_never_replaced(undecided, capsys):
-    undecided.setattr(cli, "_device_problem", lambda: "none here")
+    undecided.setattr(cli, "device_problem", lambda: "none here")
     undecided.setattr(os, "execv", lambda *arguments: pytest.fail("the process was replaced"))
     with pytest.raises(BackendError, match="set NUMBA_ENABLE_CUDASIM=1 before numba is imported"):
-        cli._choose_backend(restart=False)
+        cli.choose_backend(restart=False)
     assert "NUMBA_ENABLE_CUDASIM" not in os.environ
     code = cli.main(["replay"])
     assert code == 2 and "none here" in capsys.readouterr().err
@@ -372,12 +372,12 @@ def test_what_the_driver_answers(monkeypatch, driver, problem):
     monkeypatch.setenv("NUMBA_CUDA_DRIVER", "no-driver.so")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "numba_cuda")
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert cli._device_problem() == problem
+    assert cli.device_problem() == problem
 
 
 def test_without_numba_cuda_there_is_no_device(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cli._device_problem() == "numba-cuda is not installed"
+    assert cli.device_problem() == "numba-cuda is not installed"
 
 
 PATH = os.pathsep.join([str(Path(cli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

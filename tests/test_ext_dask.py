@@ -12,6 +12,7 @@ import sys
 import threading
 import types
 
+import kit
 import numpy as np
 import pytest
 from kit import LAUNCH, log_row, to_device, to_host
@@ -19,6 +20,7 @@ from kit import LAUNCH, log_row, to_device, to_host
 from numbabuf import _cuda
 from numbabuf.demand.model import DemandModel
 from numbabuf.errors import BucketOverflowError, BusyError, ClosedError
+from numbabuf.ext import _worker
 from numbabuf.ext import dask as ext
 from numbabuf.ext.dask import Fleet, worker_manager
 from numbabuf.pool.pool import SimpleBufferPool
@@ -48,7 +50,7 @@ def make(pool):
 
 def packed(model):
     """A model as it is sent."""
-    return ext._pack(model.settings, model.seen)
+    return _worker.pack(model.settings, model.seen)
 
 
 def replay(manager, size):
@@ -63,7 +65,7 @@ def replay(manager, size):
 
 @pytest.fixture
 def held():
-    held = ext._Held(make, SimpleBufferPool)
+    held = _worker.Held(make, SimpleBufferPool)
     yield held
     held.close()
 
@@ -83,7 +85,7 @@ def test_a_refused_step_is_shared_and_survives_the_exchange():
         manager.capture_buckets(lambda step: None, [4])
         return manager
 
-    held = ext._Held(small, SimpleBufferPool)
+    held = _worker.Held(small, SimpleBufferPool)
     for _ in range(40):
         with pytest.raises(BucketOverflowError):
             held.manager.replay({"input_ids": np.ones(9, np.int64)}, 9)
@@ -107,7 +109,7 @@ def test_adopting_prewarms(held):
 
 
 def test_a_manager_that_predicts_nothing_is_counted():
-    held = ext._Held(lambda pool: InputBufferManager(pool, 1, CAPACITY), SimpleBufferPool)
+    held = _worker.Held(lambda pool: InputBufferManager(pool, 1, CAPACITY), SimpleBufferPool)
     held.manager.stage_inputs({"input_ids": np.arange(9)}, 9)
     assert [size for _, size in DemandModel(**held.own_demand()).seen] == [9]
     assert held.adopt(packed(_model([40]))) == ()
@@ -123,7 +125,7 @@ def test_an_observer_from_before_goes_on_observing():
         manager.observer = seen.append
         return manager
 
-    held = ext._Held(observed, SimpleBufferPool)
+    held = _worker.Held(observed, SimpleBufferPool)
     held.manager.stage_inputs({"input_ids": np.arange(9)}, 9)
     held.close()
     assert seen == [9]
@@ -131,7 +133,7 @@ def test_an_observer_from_before_goes_on_observing():
 
 def test_the_end_leaves_nothing(no_leaks):
     before = live_buffers()
-    held = ext._Held(make, SimpleBufferPool)
+    held = _worker.Held(make, SimpleBufferPool)
     assert live_buffers() == before + 2
     held.close()
     assert live_buffers() == before
@@ -141,7 +143,7 @@ def test_the_end_leaves_nothing(no_leaks):
 
 
 def test_what_is_leased_at_the_end_is_told(caplog):
-    held = ext._Held(make, SimpleBufferPool)
+    held = _worker.Held(make, SimpleBufferPool)
     entry = held.pool.allocate(BufferSpec(4, "float32", Tier.PINNED))
     held.close()
     assert "1 buffer(s) of a worker's pool are still leased at its end" in caplog.text
@@ -162,7 +164,7 @@ def test_a_bad_make_leaves_nothing(answer):
         raise answer
 
     with pytest.raises((TypeError, ZeroDivisionError)):
-        ext._Held(make_badly, pool)
+        _worker.Held(make_badly, pool)
     assert pools[0].closed
 
 
@@ -172,14 +174,14 @@ def test_a_set_up_that_fails_at_the_demand_leaves_nothing(monkeypatch, no_leaks)
             return {"window": 256, "damaged": True}
 
     monkeypatch.setitem(sys.modules, "distributed", types.SimpleNamespace(WorkerPlugin=object))
-    ext._plugin_class.cache_clear()
+    _worker.plugin_class.cache_clear()
     before = live_buffers()
     try:
-        plugin = ext._plugin(make, SimpleBufferPool, "numbabuf")
+        plugin = _worker.plugin(make, SimpleBufferPool, "numbabuf")
         with pytest.raises(TypeError, match="damaged"):
             asyncio.run(plugin.setup(types.SimpleNamespace(scheduler=Scheduler())))
     finally:
-        ext._plugin_class.cache_clear()
+        _worker.plugin_class.cache_clear()
     assert plugin.held is None and live_buffers() == before
     assert not [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
 
@@ -324,27 +326,32 @@ class Client:
 
 
 @pytest.fixture
-def fleet(monkeypatch):
-    monkeypatch.setattr(ext, "_plugin", lambda *arguments: arguments)
-    return Fleet(Client({}), make)
+def answering():
+    return Client({})
 
 
-def test_a_worker_that_leaves_is_left_out_and_logged(fleet, caplog):
-    fleet._client.answers = {"stats": {"a": ("figures",), "b": OSError("connection broke"), "c": None}}
+@pytest.fixture
+def fleet(answering, monkeypatch):
+    monkeypatch.setattr(ext, "plugin", lambda *arguments: arguments)
+    return Fleet(answering, make)
+
+
+def test_a_worker_that_leaves_is_left_out_and_logged(fleet, answering, caplog):
+    answering.answers = {"stats": {"a": ("figures",), "b": OSError("connection broke"), "c": None}}
     assert fleet.stats() == {"a": "figures"}
     assert "worker b left" in caplog.text
 
 
-def test_another_error_of_a_worker_is_raised(fleet):
-    fleet._client.answers = {"stats": {"a": ("figures",), "b": ZeroDivisionError("mine")}}
+def test_another_error_of_a_worker_is_raised(fleet, answering):
+    answering.answers = {"stats": {"a": ("figures",), "b": ZeroDivisionError("mine")}}
     with pytest.raises(ZeroDivisionError, match="mine"):
         fleet.stats()
 
 
-def test_steps_count_once_and_those_of_the_dead_stay(fleet):
+def test_steps_count_once_and_those_of_the_dead_stay(fleet, answering):
     one, two = packed(_model([3, 3])), packed(_model([40]))
     answers = {"own_demand": {"a": (one,), "b": (two,)}, "adopt": {"a": ((3,),), "b": ((),)}}
-    fleet._client.answers = answers
+    answering.answers = answers
     for _ in range(2):
         shared = fleet.share_demand()
         assert sorted(size for _, size in shared.demand.seen) == [3, 3, 40]
@@ -352,32 +359,33 @@ def test_steps_count_once_and_those_of_the_dead_stay(fleet):
     answers["own_demand"] = {"a": (one,), "new": (packed(_model([])),)}
     shared = fleet.share_demand()
     assert sorted(size for _, size in shared.demand.seen) == [3, 3, 40]
-    assert fleet._client.metadata == {("numbabuf-demand", "numbabuf"): packed(shared.demand)}
-    assert "new" in fleet._repr_html_() and "steps known" in fleet._repr_html_()
+    assert answering.metadata == {("numbabuf-demand", "numbabuf"): packed(shared.demand)}
+    assert "new" in kit.html(fleet) and "steps known" in kit.html(fleet)
 
 
-def test_a_dead_worker_is_forgotten_once_its_steps_are_old(fleet):
+def test_a_dead_worker_is_forgotten_once_its_steps_are_old(fleet, answering):
     late = DemandModel(window=256, clock=iter(range(1000, 2000)).__next__)
     for _ in range(256):
         late.observe(7)
     answers = {"own_demand": {"a": (packed(_model([3])),)}, "adopt": {}}
-    fleet._client.answers = answers
+    answering.answers = answers
     fleet.share_demand()
     answers["own_demand"] = {"b": (packed(late),)}
     fleet.share_demand()
-    assert list(fleet._known) == ["b"]
+    shown = kit.html(fleet)
+    assert ">b<" in shown and ">a<" not in shown
 
 
-def test_nobody_there(fleet):
-    fleet._client.answers = {"own_demand": {}}
+def test_nobody_there(fleet, answering):
+    answering.answers = {"own_demand": {}}
     with pytest.raises(RuntimeError, match="no worker answered"):
         fleet.share_demand()
 
 
-def test_the_end_of_a_fleet(fleet):
+def test_the_end_of_a_fleet(fleet, answering):
     fleet.close()
     fleet.close()
-    assert fleet._client.unregistered == 1
+    assert answering.unregistered == 1
     with pytest.raises(RuntimeError, match="closed"):
         fleet.stats()
 

@@ -109,7 +109,7 @@ def _dispatch(argv: Sequence[str] | None) -> int:
                 config.enabled(switch.name)
         except ValueError as error:
             raise NumbabufError(str(error)) from None
-        _choose_backend(restart=argv is None)
+        choose_backend(restart=argv is None)
     return command.run(args)
 
 
@@ -131,14 +131,14 @@ def _silence_stdout() -> None:
 # -------------------------------------------------------------------------------------------------- backend
 
 
-def _choose_backend(*, restart: bool) -> None:
+def choose_backend(*, restart: bool) -> None:
     """Choose the simulator where no GPU can be used and the user has not chosen; say so on stderr.
 
     Numba reads the choice when it is imported; where that has happened, the process is started anew with the
     choice made (`restart`), which can happen only once, since the variable is then set.
     """
     chosen = os.environ.get("NUMBA_ENABLE_CUDASIM")
-    problem = None if chosen not in (None, "0") else _device_problem()
+    problem = None if chosen not in (None, "0") else device_problem()
     if problem is None:
         return
     if chosen is not None:
@@ -158,7 +158,7 @@ def _choose_backend(*, restart: bool) -> None:
         os.execv(sys.executable, again)
 
 
-def _device_problem() -> str | None:
+def device_problem() -> str | None:
     """Return why no GPU can be used, None where one can; asks the driver, as numba is not imported yet."""
     if importlib.util.find_spec("numba_cuda") is None:
         return "numba-cuda is not installed"
@@ -534,7 +534,7 @@ def _info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _info(args: argparse.Namespace) -> int:
     """Print what is here, what is missing, and the command that installs it."""
-    problem = _device_problem()  # asked before numba is imported, which would answer less clearly
+    problem = device_problem()  # asked before numba is imported, which would answer less clearly
     from . import info
 
     found = info.collect(problem)
