@@ -28,7 +28,7 @@ lint:  ## ruff and mypy
 	mypy
 
 sass:  ## every kernel to machine code for each architecture: no GPU needed
-	NUMBA_ENABLE_CUDASIM=1 $(PYTHON) -m pytest tests/test_sass.py
+	NUMBA_ENABLE_CUDASIM=1 $(PYTHON) -m pytest tests/_cuda/test_sass.py
 
 docs:  ## a page per module under build/docs
 	@# pdoc cannot resolve the generated constructors of snapshots that inherit fields: their types stay text

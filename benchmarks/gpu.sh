@@ -40,7 +40,7 @@ fi
 
 tests=() only=--require-gpu smoke=()
 if [ -n "${SMOKE:-}" ]; then
-    tests=(tests/test_kernels.py) only=-q smoke=(--smoke)
+    tests=(tests/_cuda/test_kernels.py) only=-q smoke=(--smoke)
 else
     unset NUMBA_ENABLE_CUDASIM
 fi
@@ -105,7 +105,7 @@ sanitizer() {
         # there, and the tests provoke refusals
         [ "$tool" != memcheck ] || options+=(--report-api-errors no)
         stage "$tool" 150 "$sanitizer" "${options[@]}" \
-            "$python" -m pytest $only -q -p no:cacheprovider tests/test_kernels.py
+            "$python" -m pytest $only -q -p no:cacheprovider tests/_cuda/test_kernels.py
     done
 }
 

@@ -495,6 +495,6 @@ assert Manager.live == 0, Manager.live
 
 
 def test_an_external_memory_manager_changes_nothing():
-    root = pathlib.Path(__file__).resolve().parent.parent
+    root = pathlib.Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", EXTERNAL], capture_output=True, text=True, timeout=120, cwd=root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

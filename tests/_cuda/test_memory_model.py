@@ -1,7 +1,7 @@
 """The end of `fill_slots` under the axioms of the PTX memory model: what may be read, in any execution they allow.
 
 No machine at hand shows what these rows show. The kernel's last lines are restated as loads, stores, atomics and fences
-for two thread blocks and the host; a checker that lies beside the clone enumerates the executions. `tests/test_sass.py`
+for two thread blocks and the host; a checker that lies beside the clone enumerates the executions. `tests/_cuda/test_sass.py`
 reads from the machine code that the kernel has the order that is stated here.
 """
 
@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-CHECKER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "memory_model"
+CHECKER = pathlib.Path(__file__).resolve().parents[3] / "shared" / "memory_model"
 
 pytestmark = pytest.mark.skipif(
     not (CHECKER / "ptxmm.py").exists(), reason="the checker of memory models, ptxmm.py, is not beside this clone"

@@ -25,7 +25,7 @@ from numbabuf.tiers.policies import LRU, Frequency
 from numbabuf.tiers.pool import HierarchicalBufferPool
 
 MIB = 1 << 20
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @cuda.jit

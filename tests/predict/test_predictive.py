@@ -15,7 +15,7 @@ from numbabuf.demand.model import DemandModel
 from numbabuf.errors import BusyError, CaptureError
 
 CAPACITY = 256
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @cuda.jit

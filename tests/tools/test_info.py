@@ -13,7 +13,7 @@ import pytest
 from numbabuf import _cuda, config
 from numbabuf.tools import cli, info
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRACE = "arrival_ms,prompt,output\n0,70,3\n0,5,4\n100,1,0\n"
 
 

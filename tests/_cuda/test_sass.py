@@ -109,7 +109,7 @@ def test_the_fill_keeps_to_its_registers(compiled, arch):
 
 @EVERY_ARCHITECTURE
 def test_the_fill_publishes_by_one_strong_store_behind_its_fences(compiled, arch):
-    """The order that `tests/test_memory_model.py` proves right, as the machine runs it."""
+    """The order that `tests/_cuda/test_memory_model.py` proves right, as the machine runs it."""
     row = compiled[FILL, arch]
     strong = {opcode: n for opcode, n in row["opcodes"].items() if opcode.startswith("STG") and "STRONG" in opcode}
     assert strong == {"STG.E.64.STRONG.SYS": 1}

@@ -418,7 +418,7 @@ def test_token_ids_cover_the_vocabulary():
 
 # ------------------------------------------------------------------------------------------- public traces
 
-PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "traces"
+PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "traces"
 
 
 @pytest.mark.skipif(not PUBLIC.is_dir(), reason="the public traces are not on this machine")

@@ -22,7 +22,7 @@ from numbabuf.pool.block import EXACT_ABOVE, Block
 from numbabuf.pool.pool import SimpleBufferPool
 from numbabuf.pool.spec import BufferSpec, BufferState, Tier
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class TestSimpleBufferPool(PoolContract):

@@ -16,7 +16,7 @@ from numbabuf.pool.pool import SimpleBufferPool
 from numbabuf.pool.spec import BufferSpec, Tier
 from numbabuf.step.manager import InputBufferManager
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 class Domain:
