@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -27,6 +26,7 @@ from ..checks import whole_number
 from ..errors import BusyError
 from ..resource import Shown
 from . import learner
+from .turn import Turn
 
 __all__ = ["DemandModel", "Forecast"]
 
@@ -62,31 +62,6 @@ class Forecast(NamedTuple):
     """The bucket."""
     probability: float
     """Estimated probability, in [0, 1], that it is used within the model's ``horizon`` steps."""
-
-
-class _Turn:
-    """One thread at a time; a thread that is inside already is refused rather than let in, or left waiting for itself.
-
-    It is a signal handler, or a clock, that comes back so, in the middle of an update.
-    """
-
-    def __init__(self) -> None:
-        self._renew()
-
-    def _renew(self) -> None:
-        self._lock, self._inside, self._pid = threading.Lock(), 0, os.getpid()
-
-    def __enter__(self) -> None:
-        if self._pid != os.getpid():  # a fork in another thread's turn, which does not go on in the child
-            self._renew()
-        if self._inside == threading.get_ident():
-            raise BusyError("this thread is in a call of the demand model already: call it when that has returned")
-        self._lock.acquire()
-        self._inside = threading.get_ident()
-
-    def __exit__(self, *exc: object) -> None:
-        self._inside = 0
-        self._lock.release()
 
 
 class DemandModel(Shown):
@@ -141,7 +116,7 @@ class DemandModel(Shown):
         self.warm_steps = whole_number("warm_steps", warm_steps, least=1, most=1024)
         self._fixed = buckets is not None
         self._clock = clock
-        self._turn = _Turn()
+        self._turn = Turn("this thread is in a call of the demand model already: call it when that has returned")
         self._owner: weakref.ref[Any] | None = None
         self._seen: deque[tuple[float, int]] = deque((_observation(*pair) for pair in seen), self.window)
         largest = max((size for _, size in self._seen), default=1)
