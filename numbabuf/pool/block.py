@@ -137,7 +137,7 @@ class Block:
         self.spec = spec
         self.array = array
 
-    def device_view(self) -> Any:
+    def device_view(self) -> _cuda.DeviceArray:
         """Return the typed view that kernels take, made at its first use."""
         spec = self.spec
         if spec.tier is Tier.DEVICE:
@@ -149,7 +149,7 @@ class Block:
             view = self.device_views[spec] = _cuda.device_view(self.base, 0, spec.shape, spec.dtype)
         return view
 
-    def add_user(self, stream: Any) -> None:
+    def add_user(self, stream: _cuda.Stream) -> None:
         """Count `stream` among those with queued work on the block.
 
         Device memory that was leased without a stream is used on the default stream already, which then needs a mark
@@ -171,7 +171,7 @@ class Block:
                 "context or device): make a new pool, and allocate there"
             )
 
-    def refuse_stream(self, stream: Any) -> None:
+    def refuse_stream(self, stream: _cuda.Stream) -> None:
         """Raise for a `_cuda.Stream` on which nothing can be ordered after the work on the block.
 
         Raises
@@ -216,7 +216,7 @@ def same_stream(one: Any, other: Any) -> bool:
     return owner is not None and owner is getattr(other.numba, "owner", None)
 
 
-def refuse_foreign(stream: Any, device: int) -> None:
+def refuse_foreign(stream: _cuda.Stream, device: int) -> None:
     """Raise BackendError for a stream of another device than `device`; a default stream is every device's own."""
     if _cuda.device_count() == 1 or stream.handle == 0 or stream.thread is not None:
         return
@@ -231,7 +231,7 @@ def refuse_foreign(stream: Any, device: int) -> None:
         )
 
 
-def refuse_captured(stream: Any) -> None:
+def refuse_captured(stream: _cuda.Stream) -> None:
     """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
     if not _cuda.capturing() and not stream.closed and _cuda.is_capturing(stream):
         raise CaptureError(
@@ -241,7 +241,7 @@ def refuse_captured(stream: Any) -> None:
         )
 
 
-def line_of(stream: Any) -> Any:
+def line_of(stream: _cuda.Stream) -> object:
     """Return what the released buffers of a stream are kept under: its work is done in order, theirs with it."""
     return stream.handle if stream.thread is None else stream.thread
 
@@ -365,13 +365,13 @@ class Ledger:
 
 # No lock here: a capture looks up its operands, and a finaliser that the collector runs in the middle of that may wait
 # for a pool's lock, whose holder may be registering a block.
-_registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
+registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
 _sorted: list[list[int]] = []  # the addresses in order, once somebody asked; each block that comes begins another
 
 
 def _register(block: Block) -> None:
     global _sorted
-    _registry[block.address] = block
+    registry[block.address] = block
     _sorted = []  # not emptied: who is sorting the addresses just now, without this one, has the list before
 
 
@@ -379,9 +379,9 @@ def _block_at(address: int) -> Block | None:
     """Return the block that an address lies in."""
     known = _sorted
     if not known:
-        known.append(sorted(ref.key for ref in _registry.valuerefs()))  # type: ignore[attr-defined]
+        known.append(sorted(ref.key for ref in registry.valuerefs()))  # type: ignore[attr-defined]
     place = bisect_right(known[0], address)
-    block = _registry.get(known[0][place - 1]) if place else None
+    block = registry.get(known[0][place - 1]) if place else None
     return block if block is not None and address < block.address + block.nbytes else None
 
 
@@ -404,7 +404,7 @@ def _blocks_of(operand: Any) -> Iterator[Block]:
         yield block
 
 
-def _pin_operand(operand: Any) -> list[Pin]:
+def pin_operand(operand: Any) -> list[Pin]:
     """Pin the blocks under an operand; a graph keeps the pins, and with them the blocks, until it is closed."""
     pins, thread = [], threading.get_ident()
     for block in _blocks_of(operand):
@@ -418,4 +418,4 @@ def _pin_operand(operand: Any) -> list[Pin]:
     return pins
 
 
-_cuda.watch_operands(_pin_operand)
+_cuda.watch_operands(pin_operand)

@@ -77,7 +77,7 @@ class BufferEntry(Shown):
         self._held = [ticket]
         self.spec = ticket.block.spec
 
-    def release(self, *, stream: Any = None) -> None:
+    def release(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """End the lease.
 
         Parameters
@@ -119,7 +119,7 @@ class BufferEntry(Shown):
         else:
             self._release_slowly(ticket, block, stream)
 
-    def _release_slowly(self, ticket: Ticket, block: Block, stream: Any) -> None:
+    def _release_slowly(self, ticket: Ticket, block: Block, stream: _cuda.StreamLike | None) -> None:
         ticket.placed = False
         try:
             pool = block.pool()
@@ -135,7 +135,7 @@ class BufferEntry(Shown):
         if pool is not None:
             pool._look_again()
 
-    def mark_in_use(self, *, stream: Any = None) -> None:
+    def mark_in_use(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """Say that work queued on `stream` reads or writes the buffer: it is IN_USE, and its release waits for it.
 
         Parameters
@@ -152,7 +152,7 @@ class BufferEntry(Shown):
         self.last_used = time.monotonic()
         self.use_count += 1
 
-    def record_stream(self, stream: Any) -> None:
+    def record_stream(self, stream: _cuda.StreamLike) -> None:
         """Name a further stream whose queued work uses the buffer; the release covers what is queued there by then.
 
         Parameters
@@ -203,7 +203,7 @@ class BufferEntry(Shown):
         return self._block("used").address
 
     @property
-    def device_array(self) -> Any:
+    def device_array(self) -> _cuda.DeviceArray:
         """The buffer as a kernel argument, on any stream: made at first use (about 30 us), then remembered."""
         return self._block("used").device_view()
 
@@ -230,7 +230,7 @@ class BufferEntry(Shown):
                 interface["descr"] = dtype.descr
         return interface
 
-    def __dlpack__(self, **options: Any) -> Any:
+    def __dlpack__(self, **options: Any) -> object:
         """Offer the buffer as a DLPack tensor: ``torch.from_dlpack(entry)``, ``numpy.from_dlpack(entry)``.
 
         Pinned memory is offered as memory of the CPU, and so is every tier in the simulator; device and managed memory
@@ -246,7 +246,7 @@ class BufferEntry(Shown):
         kind, number = self._exporter().__dlpack_device__()
         return int(kind), int(number)
 
-    def _exporter(self) -> Any:
+    def _exporter(self) -> _cuda.SupportsDLPack:
         start = self.address  # first: where a pool moves entries, this holds the entry where it is
         return _cuda.dlpack_exporter(self.device_array if self.tier is Tier.MANAGED else self.array, start, self)
 

@@ -50,13 +50,13 @@ class StreamOrder:
         self.spare: list[Any] = []
 
     @property
-    def default(self) -> Any:
+    def default(self) -> _cuda.Stream:
         """The default stream, which work without a named stream is on: that of the calling thread, if each has one."""
         return _cuda.as_stream(0)
 
     # --------------------------------------------------------------------------------------------------------- taking
 
-    def take(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
+    def take(self, shelf: Shelf, nbytes: int, stream: _cuda.Stream | None) -> Ticket | None:
         """Take a buffer of at least `nbytes` off a shelf, in order for `stream` (None: the default one, or the CPU)."""
         host = shelf.spec.tier is not Tier.DEVICE
         if stream is None or host:
@@ -67,7 +67,7 @@ class StreamOrder:
             return self._take_from_others(shelf, nbytes, stream)
         return ticket
 
-    def _take_own(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
+    def _take_own(self, shelf: Shelf, nbytes: int, stream: _cuda.Stream) -> Ticket | None:
         """Take the newest buffer that was released on `stream` itself; only its further users need a wait."""
         line = shelf.ordered.get(line_of(stream))
         aside: list[Ticket] = []
@@ -87,7 +87,7 @@ class StreamOrder:
                 shelf.ordered.setdefault(line_of(stream), deque()).extend(reversed(aside))
         return None
 
-    def _take_ready(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
+    def _take_ready(self, shelf: Shelf, nbytes: int, stream: _cuda.Stream) -> Ticket | None:
         """Take a buffer without queued work, or, where that is allowed, one that the default stream may still use."""
         passable = self.reuse != "same" and not _cuda.capturing()
         aside: list[Ticket] = []
@@ -104,7 +104,7 @@ class StreamOrder:
             shelf.ready.extend(reversed(aside))
         return None
 
-    def _take_from_others(self, shelf: Shelf, nbytes: int, stream: Any) -> Ticket | None:
+    def _take_from_others(self, shelf: Shelf, nbytes: int, stream: _cuda.Stream | None) -> Ticket | None:
         """Take the oldest buffer of another stream's, the most likely to be done, and make `stream` wait for it."""
         for handle, line in list(shelf.ordered.items()):
             ticket = pop_oldest(line)
@@ -123,7 +123,7 @@ class StreamOrder:
             return ticket
         return None
 
-    def put_behind(self, marks: Sequence[tuple[Any, Any]], stream: Any) -> bool:
+    def put_behind(self, marks: Sequence[tuple[Any, Any]], stream: _cuda.Stream) -> bool:
         """Put later work on `stream` behind `marks`; False where the policy would have to wait for them.
 
         Parameters
@@ -182,7 +182,7 @@ class StreamOrder:
         """Whether one of `streams` is being captured, so that a mark would become part of the graph."""
         return any(not stream.closed and _cuda.is_capturing(stream) for stream in streams)
 
-    def _mark(self, stream: Any) -> Any:
+    def _mark(self, stream: _cuda.Stream) -> _cuda.Event:
         """Return an event recorded on `stream`."""
         if stream.closed:
             raise RuntimeError(f"the stream {stream.handle:#x} was closed")

@@ -41,10 +41,10 @@ class BufferPool(Resource):
     """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
 
     @abstractmethod
-    def allocate(self, spec: BufferSpec, *, stream: Any = None) -> BufferEntry:
+    def allocate(self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None) -> BufferEntry:
         """Lease a buffer of `spec`; `stream` is where the work that uses it will be queued."""
 
-    def release(self, entry: BufferEntry, *, stream: Any = None) -> None:
+    def release(self, entry: BufferEntry, *, stream: _cuda.StreamLike | None = None) -> None:
         """End a lease; the same as ``entry.release(stream=stream)``."""
         entry.release(stream=stream)
 
@@ -61,7 +61,7 @@ class BufferPool(Resource):
         """Free all idle memory; leased and graph-owned memory stays valid."""
 
     @abstractmethod
-    def stats(self) -> Any:
+    def stats(self) -> PoolStats:
         """Return a frozen snapshot."""
 
     @abstractmethod
@@ -199,7 +199,7 @@ class SimpleBufferPool(BufferPool):
 
     # ------------------------------------------------------------------------------------------------------- leases
 
-    def allocate(self, spec: BufferSpec, *, stream: Any = None) -> BufferEntry:
+    def allocate(self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None) -> BufferEntry:
         """Lease a buffer of `spec`.
 
         Parameters
@@ -242,7 +242,7 @@ class SimpleBufferPool(BufferPool):
             return BufferEntry(ticket)
         return self._allocate_slowly(spec, stream)
 
-    def release(self, entry: BufferEntry, *, stream: Any = None) -> None:
+    def release(self, entry: BufferEntry, *, stream: _cuda.StreamLike | None = None) -> None:
         """End a lease; the same as ``entry.release(stream=stream)``, for an entry of this pool.
 
         Raises
@@ -260,12 +260,12 @@ class SimpleBufferPool(BufferPool):
             raise ValueError(f"{entry!r} belongs to another pool: release it there, or call entry.release()")
         entry.release(stream=stream)
 
-    def _allocate_slowly(self, spec: BufferSpec, stream: Any) -> BufferEntry:
+    def _allocate_slowly(self, spec: BufferSpec, stream: _cuda.StreamLike | None) -> BufferEntry:
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         store = self._store
         if stream is not None:
-            wrapped = self._stream(stream)
+            wrapped: _cuda.Stream | None = self._stream(stream)
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
         with self._step("allocate"):
@@ -298,7 +298,7 @@ class SimpleBufferPool(BufferPool):
         """The rung of the ladder that is the pool's own: this one has nothing to move."""
         return None
 
-    def _take_back(self, ticket: Ticket, stream: Any) -> str:
+    def _take_back(self, ticket: Ticket, stream: _cuda.StreamLike | None) -> str:
         """End a lease that is not plain, for its entry; returns where, in debug mode."""
         store = self._store
         wrapped = None if stream is None else self._stream(stream)
@@ -313,7 +313,7 @@ class SimpleBufferPool(BufferPool):
         return caller() if store.watch.debug else ""
 
     @staticmethod
-    def _stream(stream: Any) -> Any:
+    def _stream(stream: _cuda.StreamLike | None) -> _cuda.Stream:
         """Wrap what a user calls a stream; that of this thread's own capture is known by one object."""
         wrapped = _cuda.as_stream(stream)
         here = _cuda.open_capture()

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..checks import whole_number
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 __all__ = ["BufferSpec", "BufferState", "Tier", "is_bfloat16", "resolve_dtype"]
 
@@ -46,7 +50,7 @@ def is_bfloat16(dtype: np.dtype) -> bool:
     return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
-def resolve_dtype(dtype: Any) -> np.dtype:
+def resolve_dtype(dtype: DTypeLike) -> np.dtype:
     """Turn what a user gives for an element type into a NumPy dtype.
 
     Parameters
@@ -113,7 +117,9 @@ class BufferSpec:
     tier: Tier
     size_bytes: int
 
-    def __init__(self, shape: Any, dtype: Any = "float32", tier: Tier | str = Tier.DEVICE) -> None:
+    def __init__(
+        self, shape: int | Sequence[int], dtype: DTypeLike = "float32", tier: Tier | str = Tier.DEVICE
+    ) -> None:
         shape = _resolve_shape(shape)
         resolved = resolve_dtype(dtype)
         try:

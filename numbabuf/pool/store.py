@@ -101,7 +101,7 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- out and back
 
-    def find(self, spec: BufferSpec, stream: Any) -> tuple[Ticket | None, str]:
+    def find(self, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Ticket | None, str]:
         """Take an idle buffer that serves `spec` on `stream`, and say how it was found. Lock held."""
         here = _cuda.open_capture()
         ticket = None if here is None else self._take_captured(spec, stream, here.stream)
@@ -120,7 +120,7 @@ class Store:
                 return self._shaped(ticket, spec, stream)
         return None, "miss"
 
-    def _shaped(self, ticket: Ticket, spec: BufferSpec, stream: Any) -> tuple[Ticket, str]:
+    def _shaped(self, ticket: Ticket, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Ticket, str]:
         """Give a buffer in hand the shape of `spec`, and say what kind of hit that is. Lock held."""
         block = ticket.block
         if block.spec == spec:
@@ -136,7 +136,7 @@ class Store:
             raise
         return ticket, "class_hit"
 
-    def _take_captured(self, spec: BufferSpec, stream: Any, captured: Any) -> Ticket | None:
+    def _take_captured(self, spec: BufferSpec, stream: _cuda.Stream | None, captured: Any) -> Ticket | None:
         """Take what was leased and released in captures of one stream, for another lease in such a capture. Lock held.
 
         The graphs of one stream never run at once, so they share their temporaries; nobody else gets one while any of
@@ -161,7 +161,7 @@ class Store:
             found.block.users = ()
         return found
 
-    def lease(self, ticket: Ticket, kind: str, stream: Any) -> None:
+    def lease(self, ticket: Ticket, kind: str, stream: _cuda.Stream | None) -> None:
         """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
         block = ticket.block
         block.generation += 1
@@ -182,7 +182,7 @@ class Store:
             block.plain = False
             self.watch.tell(kind, block)
 
-    def release(self, ticket: Ticket, stream: Any) -> None:
+    def release(self, ticket: Ticket, stream: _cuda.Stream | None) -> None:
         """End a lease, whose last work is on `stream`; on an error it goes on as before."""
         block = ticket.block
         with self.there(), self.lock:
@@ -232,13 +232,13 @@ class Store:
         """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
         return contextlib.nullcontext() if self.device is None else _cuda.on_device(self.device)
 
-    def refuse_elsewhere(self, stream: Any) -> None:
+    def refuse_elsewhere(self, stream: _cuda.Stream) -> None:
         """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""
         if _cuda.device_count() > 1:
             refuse_foreign(stream, _cuda.device_id() if self.device is None else self.device)
 
     @staticmethod
-    def _captured_by_us(stream: Any) -> bool:
+    def _captured_by_us(stream: _cuda.Stream) -> bool:
         """Whether numbabuf captures a stream, in whatever thread: what that graph reads is known, and stays."""
         return any(capture.stream.handle == stream.handle for capture in list(_cuda.captures.values()))
 
@@ -247,7 +247,7 @@ class Store:
         with self.there():
             _cuda.flush_pending_frees()
 
-    def release_late(self, ticket: Ticket, stream: Any) -> None:
+    def release_late(self, ticket: Ticket, stream: _cuda.Stream | None) -> None:
         """End a lease that was ended in the middle of a step, when that step has ended. Lock held."""
         with self.there():
             if stream is not None:

@@ -142,12 +142,12 @@ class TieredEntry(BufferEntry):
         self._fix()
         return super().__cuda_array_interface__
 
-    def mark_in_use(self, *, stream: Any = None) -> None:
+    def mark_in_use(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """Say that work queued on `stream` uses the buffer. Outside a lease this fixes it."""
         self._fix()
         super().mark_in_use(stream=stream)
 
-    def record_stream(self, stream: Any) -> None:
+    def record_stream(self, stream: _cuda.StreamLike) -> None:
         """Name a further stream whose queued work uses the buffer. Outside a lease this fixes it."""
         self._fix()
         super().record_stream(stream)
@@ -157,7 +157,7 @@ class TieredEntry(BufferEntry):
         where = f" in {self.tier.value}" if self._held else ""
         return f"<TieredEntry {self.spec} {self.state.value}{where}>"
 
-    def release(self, *, stream: Any = None) -> None:
+    def release(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """End the lease, as in any pool; BusyError while a `use` of the buffer is open.
 
         Called in the middle of another call on the pool in the same thread, as a finaliser may, it ends the lease when
@@ -169,7 +169,7 @@ class TieredEntry(BufferEntry):
             self._held.clear()
             return
         if pool is None:
-            self._end(None, stream)
+            self._end(None, None)
             return
         wrapped = None if stream is None else _cuda.as_stream(stream)
         record = self._record
@@ -186,11 +186,11 @@ class TieredEntry(BufferEntry):
         if self._record.leases:
             raise BusyError(f"{self.spec} was released while a use of it is open: leave its with block first")
 
-    def _end_late(self, pool: Any, stream: Any) -> None:
+    def _end_late(self, pool: Any, stream: _cuda.Stream | None) -> None:
         with contextlib.suppress(Exception):  # released twice meanwhile, or the driver fails: then it counts as lost
             self._end(pool, stream)
 
-    def _end(self, pool: Any, stream: Any) -> None:
+    def _end(self, pool: Any, stream: _cuda.Stream | None) -> None:
         self._refuse_leased()
         super().release(stream=stream)
         if pool is not None:

@@ -109,7 +109,7 @@ class Mark:
 
     __slots__ = ("__weakref__", "_event", "stream")
 
-    def __init__(self, stream: Any, spare: deque[Any]) -> None:
+    def __init__(self, stream: _cuda.Stream, spare: deque[Any]) -> None:
         event = spare.pop() if spare else _cuda.Event()
         try:
             event.record(stream)
@@ -130,7 +130,7 @@ class Mark:
         """Block the host until the marked work is done."""
         self._event.synchronize()
 
-    def wait(self, stream: Any) -> None:
+    def wait(self, stream: _cuda.Stream) -> None:
         """Make later work on `stream` wait for the marked work; the host does not wait."""
         if stream is not self.stream:
             self._event.wait(stream)

@@ -47,12 +47,12 @@ def _placed(spec: BufferSpec, tier: Tier) -> BufferSpec:
     return BufferSpec(spec.shape, spec.dtype, tier)
 
 
-def _stream_of(stream: Any) -> Any:
+def _stream_of(stream: _cuda.StreamLike | None) -> _cuda.Stream:
     """Wrap what a user calls a stream; None is the default stream, on which launches without a stream go."""
     return _cuda.default_stream() if stream is None else _cuda.as_stream(stream)
 
 
-def _refuse_captured(stream: Any) -> None:
+def _refuse_captured(stream: _cuda.Stream) -> None:
     """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
     if not _cuda.capturing() and _cuda.is_capturing(stream):
         raise CaptureError(
@@ -95,7 +95,7 @@ class _TierStore(Store):
         self.moves = self.moves_bytes = 0
         """Times that memory was taken for a move, and its capacity in bytes: no leases of a user's."""
 
-    def take(self, ticket: Ticket, kind: str, stream: Any) -> None:
+    def take(self, ticket: Ticket, kind: str, stream: _cuda.Stream | None) -> None:
         """Begin to use a buffer in hand, found as `kind`, as a move's target on `stream`. Lock held."""
         block = ticket.block
         block.generation += 1
@@ -161,7 +161,7 @@ class _Lease:
 
     __slots__ = ("captured", "claims", "entries", "seen", "stream")
 
-    def __init__(self, entries: list[TieredEntry], stream: Any, captured: bool) -> None:
+    def __init__(self, entries: list[TieredEntry], stream: _cuda.Stream, captured: bool) -> None:
         self.entries, self.stream, self.captured = entries, stream, captured
         self.claims = contextlib.ExitStack()
         self.seen: list[Mark | None] = []
@@ -261,7 +261,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         with self._store.step(what):
             yield
 
-    def _take_back(self, ticket: Ticket, stream: Any) -> str:
+    def _take_back(self, ticket: Ticket, stream: _cuda.StreamLike | None) -> str:
         """As in `SimpleBufferPool`, but within the step of the entry's release."""
         self._store.release(ticket, None if stream is None else self._stream(stream))
         return caller() if self._store.watch.debug else ""
@@ -327,7 +327,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     # ---------------------------------------------------------------------------------------------------- allocation
 
-    def allocate(self, spec: BufferSpec, *, stream: Any = None) -> TieredEntry:
+    def allocate(self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None) -> TieredEntry:
         """Lease a buffer: in the tier of its spec where room can be made, else in the next one below that has room.
 
         Room is made by demoting what the policy finds coldest; no lease is waited for. Parameters and errors are those
@@ -348,7 +348,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         if stream is not None:
             wrapped: _cuda.Stream | None = _cuda.as_stream(stream)
-            _refuse_captured(wrapped)
+            _refuse_captured(wrapped)  # type: ignore[arg-type]
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
         try:
@@ -358,7 +358,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 raise
         return self._ladder.climb(spec, functools.partial(self._serve, spec, wrapped), self._demote)
 
-    def _serve(self, spec: BufferSpec, stream: Any) -> TieredEntry:
+    def _serve(self, spec: BufferSpec, stream: _cuda.Stream | None) -> TieredEntry:
         """Lease a buffer in the first tier, from the spec's downwards, where there is room or room can be made.
 
         The memory error that it raises says of each tier why not.
@@ -386,7 +386,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                     self._ladder.counts["demote"] += 1
             raise TierFullError("; ".join(reasons))
 
-    def _find_room(self, spec: BufferSpec, stream: Any) -> tuple[Ticket, str]:
+    def _find_room(self, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Ticket, str]:
         """Take memory in the tier of `spec`, for work on `stream`, and say how it was found.
 
         Pressure here may move what is not claimed.
@@ -456,7 +456,12 @@ class HierarchicalBufferPool(SimpleBufferPool):
 
     @contextlib.contextmanager
     def use(
-        self, entries: Iterable[TieredEntry], *, stream: Any = None, write: bool = True, in_place: bool = True
+        self,
+        entries: Iterable[TieredEntry],
+        *,
+        stream: _cuda.StreamLike | None = None,
+        write: bool = True,
+        in_place: bool = True,
     ) -> Iterator[list[Any]]:
         """Lease buffers for work on one stream: promoted where that pays, and unmovable until that work is done.
 
@@ -542,7 +547,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 seen, lease.seen = lease.seen, []
                 self._mark_use(lease.entries, seen, lease.stream)
 
-    def _mark_use(self, entries: Sequence[TieredEntry], seen: Sequence[Mark | None], stream: Any) -> None:
+    def _mark_use(self, entries: Sequence[TieredEntry], seen: Sequence[Mark | None], stream: _cuda.Stream) -> None:
         """Put one mark behind a lease's work, and behind that of leases on other streams that ended meanwhile."""
         after = None
         try:
@@ -561,7 +566,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 if entry._record.mark is not None:
                     entry._held[0].block.users = (stream,)
 
-    def _order_after(self, entry: TieredEntry, stream: Any) -> None:
+    def _order_after(self, entry: TieredEntry, stream: _cuda.Stream) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
         _cuda.require()  # this thread may never have called the driver before
         mark, block, order = entry._record.mark, entry._held[0].block, self._store.order
@@ -597,7 +602,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._store.refuse_closed()
             self._bring_up(chosen, insist=True, judge=False)
 
-    def prefetch(self, entries: Iterable[TieredEntry], *, stream: Any = None) -> None:
+    def prefetch(self, entries: Iterable[TieredEntry], *, stream: _cuda.StreamLike | None = None) -> None:
         """Begin to bring buffers to device memory ahead of their use, as far as there is room; a hint, never an error.
 
         Parameters

@@ -150,10 +150,10 @@ def test_without_limits_there_is_always_room():
 def test_an_operand_pins_the_block_it_lies_in(tier):
     blocks = [Block(BufferSpec(64, "uint8", tier), 64) for _ in range(5)]
     nested = (3, [blocks[2].device_view()[60:], None], "text", blocks[4].device_view())
-    pins = memory._pin_operand(nested)
+    pins = memory.pin_operand(nested)
     assert [block.pinned_by_graph for block in blocks] == [False, False, True, False, True]
     assert [block.plain for block in blocks] == [True, True, False, True, False]
-    again = memory._pin_operand(blocks[2].array)
+    again = memory.pin_operand(blocks[2].array)
     assert again == [pins[0]]
     del again, pins
     assert not any(block.pinned_by_graph for block in blocks)
@@ -161,18 +161,18 @@ def test_an_operand_pins_the_block_it_lies_in(tier):
 
 def test_foreign_arrays_pin_nothing():
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
-    assert memory._pin_operand((np.zeros(4), _cuda.empty_device(16), object(), 7)) == []
+    assert memory.pin_operand((np.zeros(4), _cuda.empty_device(16), object(), 7)) == []
     assert not block.pinned_by_graph
 
 
 def test_dead_blocks_are_forgotten():
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
     array, address = block.array, block.address
-    memory._pin_operand(array)
-    assert address in memory._registry
+    memory.pin_operand(array)
+    assert address in memory.registry
     del block
-    assert address not in memory._registry
-    assert memory._pin_operand(array) == []
+    assert address not in memory.registry
+    assert memory.pin_operand(array) == []
 
 
 def test_blocks_made_by_many_threads_are_all_known():
@@ -186,7 +186,7 @@ def test_blocks_made_by_many_threads_are_all_known():
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(len(memory._pin_operand(block.array)) == 1 for block in blocks)
+    assert all(len(memory.pin_operand(block.array)) == 1 for block in blocks)
 
 
 def test_a_finaliser_may_wait_for_a_pool_in_the_middle_of_a_look_up(monkeypatch):
@@ -209,7 +209,7 @@ def test_a_finaliser_may_wait_for_a_pool_in_the_middle_of_a_look_up(monkeypatch)
     other.start()
     assert taken.wait(60)
     monkeypatch.setattr(memory, "bisect_right", collected)
-    pins = memory._pin_operand(block.array)
+    pins = memory.pin_operand(block.array)
     other.join(60)
     assert came == [True] and len(pins) == 1
 
@@ -225,7 +225,7 @@ def test_a_block_registered_while_the_addresses_are_sorted_is_known(monkeypatch)
 
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
     monkeypatch.setattr(memory, "sorted", sorted_late, raising=False)
-    assert len(memory._pin_operand(block.array)) == len(memory._pin_operand(made[0].array)) == 1
+    assert len(memory.pin_operand(block.array)) == len(memory.pin_operand(made[0].array)) == 1
 
 
 @pytest.mark.parametrize("last", ["mine", "others"])
@@ -235,13 +235,13 @@ def test_a_block_that_two_captures_pin_at_once_stays_pinned_by_both(monkeypatch,
 
     def between():
         if threading.current_thread() is threading.main_thread():
-            other = threading.Thread(target=lambda: others.extend(memory._pin_operand(block.array)))
+            other = threading.Thread(target=lambda: others.extend(memory.pin_operand(block.array)))
             other.start()
             other.join()
         return Pin()
 
     monkeypatch.setattr(memory, "Pin", between)
-    mine = memory._pin_operand(block.array)
+    mine = memory.pin_operand(block.array)
     first, second = (mine, others) if last == "others" else (others, mine)
     first.clear()
     assert block.pinned_by_graph

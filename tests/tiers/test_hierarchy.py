@@ -1018,7 +1018,7 @@ def test_a_hint_about_what_is_fixed_is_no_error(make, stream):
     pool = make()
     entry = pool.allocate(spec(64, Tier.PINNED))
     pool.promote([entry])
-    pins = memory._pin_operand(entry._held[0].block.array)
+    pins = memory.pin_operand(entry._held[0].block.array)
     pool.demote([entry])
     assert entry._record.home is not None
     assert entry.array.size == 64 and entry._record.fixed
@@ -1031,7 +1031,7 @@ def test_a_graphs_memory_stays_put_while_its_buffer_is_on_the_way(make, monkeypa
     """The graph is closed when the buffer's way home is chosen, and pressure comes before it is gone."""
     pool = make(device=2048)
     a, b = pool.allocate(spec(1024)), pool.allocate(spec(1024))
-    pins = [memory._pin_operand(a._held[0].block.array)]
+    pins = [memory.pin_operand(a._held[0].block.array)]
     pool.demote([a])
     pool.demote([b])
     target = pool._target
