@@ -1,8 +1,8 @@
 """The end of `fill_slots` under the axioms of the PTX memory model: what may be read, in any execution they allow.
 
 No machine at hand shows what these rows show. The kernel's last lines are restated as loads, stores, atomics and fences
-for two thread blocks and the host; a checker that lies beside the clone enumerates the executions. `tests/_cuda/test_sass.py`
-reads from the machine code that the kernel has the order that is stated here.
+for two thread blocks and the host; a checker that lies beside the clone enumerates the executions. `test_sass.py` reads
+from the machine code that the kernel has the order that is stated here.
 """
 
 import pathlib
