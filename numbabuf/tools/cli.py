@@ -11,34 +11,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import dataclasses
-import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import config
 from ..errors import BackendError, NumbabufError
-from ..view.progress import track
 
 if TYPE_CHECKING:
-    from ..step.manager import InputBufferManager
-    from .pipeline import Pipeline
-    from .traces import RequestTrace, StepTrace, Workload
+    from ..demand.planning import Comparison
 
 __all__ = ["main"]
-
-SCHEMA = 1
-"""Version of the layout of `--json` files; it grows when a name changes its meaning or goes away."""
-
 
 MOST_STEPS = 10_000_000
 """Most steps that `plan` reads: a row of a trace may stand for a hundred million."""
@@ -184,7 +173,6 @@ _WORKLOADS: dict[str, dict[str, Any]] = {
     "simulator": {"requests": 64, "rate_per_s": 20.0},
     "cuda": {"requests": 1000, "rate_per_s": 100.0},
 }
-_WINDOW = 32  # steps in flight before their results are compared
 
 
 def _whole(low: int) -> Callable[[str], int]:
@@ -274,33 +262,32 @@ def _settle_options(args: argparse.Namespace) -> None:
 def _replay(args: argparse.Namespace) -> int:
     """Replay a trace through an InputBufferManager, check every step against NumPy, report."""
     from .. import _cuda
+    from .replay import print_intro, print_results, report_of, run
     from .traces import Workload, read_trace
 
     _settle_options(args)
     workload = Workload(**_WORKLOADS[_cuda.backend()], seed=args.seed)
     trace = read_trace(args.trace) if args.trace else workload.generate()
     if not args.quiet:
-        _print_intro(args, trace, workload)
+        print_intro(args, trace, workload)
     with warnings.catch_warnings():
         # the manager warns of the first step that has no graph; the table counts them all
         warnings.filterwarnings("ignore", message=".*runs without a graph", category=RuntimeWarning)
-        results = _run(args, trace)
-    report = {
-        "schema": SCHEMA,
-        "command": "replay",
-        "backend": _cuda.backend(),
-        "device": _cuda.device_name(),
-        "versions": _versions(),
-        "trace": {
-            "name": trace.name,
-            "kind": trace.kind,
-            "rows": len(trace),
-            "reordered": trace.reordered,
-            "generator": None if args.trace else dataclasses.asdict(workload),
-        },
-        "parameters": {name: getattr(args, name) for name in (*_SIZES["cuda"], "buckets", "ring", "overflow", "seed")},
-        "results": results,
-    }
+        results = run(args, trace)
+    parameters = {name: getattr(args, name) for name in (*_SIZES["cuda"], "buckets", "ring", "overflow", "seed")}
+    report = report_of(results, trace, None if args.trace else workload, parameters)
+    written = _write_reports(args, report)
+    if not args.quiet:
+        print_results(args, report)
+    if results["mismatch"] is None:
+        return 0 if written else 2
+    text = "wrong result at step {step}, sequence {sequence}: NumPy says {expected}, the device {found}"
+    _complain("error: " + text.format(**results["mismatch"]))
+    return 1
+
+
+def _write_reports(args: argparse.Namespace, report: dict[str, Any]) -> bool:
+    """Write what was asked for; return whether all of it could be."""
     written = True
     if args.json:
         written = _write(args.json, json.dumps(report, indent=2) + "\n")
@@ -308,13 +295,7 @@ def _replay(args: argparse.Namespace) -> int:
         from ..view.report import render
 
         written = _write(args.report, render(report)) and written
-    if not args.quiet:
-        _print_results(args, report)
-    if results["mismatch"] is None:
-        return 0 if written else 2
-    text = "wrong result at step {step}, sequence {sequence}: NumPy says {expected}, the device {found}"
-    _complain("error: " + text.format(**results["mismatch"]))
-    return 1
+    return written
 
 
 def _write(path: str, text: str) -> bool:
@@ -325,161 +306,6 @@ def _write(path: str, text: str) -> bool:
         _complain(f"error: {path}: cannot be written: {error.strerror}")
         return False
     return True
-
-
-def _run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str, Any]:
-    """Drive the pipeline through a manager, and return what goes under "results"."""
-    import numpy as np
-
-    from ..pool.spec import BufferSpec
-    from ..step.manager import InputBufferManager
-    from ..view.report import thin
-    from .pipeline import Pipeline
-    from .traces import token_inputs
-
-    steps = iter(trace.steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs))
-    show = not args.quiet and sys.stderr is not None and sys.stderr.isatty()
-    host_ns: list[int] = []
-    tokens: list[int] = []
-    pending: list[tuple[int, Any]] = []  # steps in flight: number, expected row of scores
-    mismatch = None
-    row = np.zeros(1, np.int64)
-    with InputBufferManager(
-        max_batch_size=1,
-        max_seq_len=args.max_tokens,
-        buckets=args.buckets,
-        overflow=args.overflow,
-        ring=args.ring,
-    ) as manager:
-        seqs = BufferSpec(args.max_seqs + 1, "int32")
-        manager.register_slot("seq_starts", seqs, axis="seqs+1", pad="repeat_last", index=True, source_dtype="int64")
-        manager.register_slot("token_index", BufferSpec(args.max_tokens, "int64"), index=True)
-        manager.register_slot("row", BufferSpec(1, "int64"), axis=None, index=True)
-        pipeline = Pipeline(
-            vocab=args.vocab,
-            dim=args.dim,
-            max_tokens=args.max_tokens,
-            max_seqs=args.max_seqs,
-            window=_WINDOW,
-            seed=args.seed,
-        )
-        begin = time.perf_counter()
-        manager.capture_buckets(pipeline, progress=show)
-        capture_s = time.perf_counter() - begin
-        manager.synchronize()
-        limited = itertools.islice(steps, args.steps or None)
-        for number, step in enumerate(track(limited, label="replay", total=args.steps or None, enabled=show)):
-            inputs = token_inputs(step, vocab=args.vocab, seed=args.seed)
-            pending.append((number, pipeline.expected(inputs)))
-            row[0] = number % _WINDOW
-            begin_ns = time.perf_counter_ns()
-            manager.replay({**inputs, "row": row}, step.num_tokens, seqs=step.num_seqs)
-            host_ns.append(time.perf_counter_ns() - begin_ns)
-            tokens.append(step.num_tokens)
-            for array in (*inputs.values(), row):
-                array.fill(0)  # the arrays are ours again: were they read later than this, it would show
-            if len(pending) == _WINDOW:
-                mismatch = _compare(manager, pipeline, pending)
-                if mismatch is not None:
-                    break
-        if mismatch is None and pending:
-            mismatch = _compare(manager, pipeline, pending)
-        manager.synchronize()
-        stats = manager.stats()
-    host_us = np.array(host_ns, np.float64) / 1000
-    demand = np.unique(np.array(tokens, np.int64), return_counts=True)
-    return {
-        "steps": len(host_ns),
-        "complete": mismatch is None and next(steps, None) is None,
-        "graphs": stats.graphs,
-        "capture_s": capture_s,
-        "live_tokens": stats.live_tokens,
-        "padded_tokens": stats.padded_tokens,
-        "padding_percent": 100 * stats.padding,
-        "buckets": {str(bucket): count for bucket, count in stats.buckets.items()},
-        "bucket_tokens": {str(bucket): live for bucket, live in stats.bucket_tokens.items()},
-        "demand": {str(size): count for size, count in zip(*(part.tolist() for part in demand), strict=True)},
-        "tokens_per_step": thin(tokens),
-        "host_us_per_step": thin(host_us.tolist()),
-        "arena_bytes": stats.arena_bytes,
-        "ring_bytes": stats.ring_bytes,
-        "overflows": stats.overflows,
-        "ring_waits": stats.ring_waits,
-        "host_us_median": float(np.median(host_us)),
-        "host_us_p99": float(np.percentile(host_us, 99)),
-        "mismatch": mismatch,
-    }
-
-
-def _compare(manager: InputBufferManager, pipeline: Pipeline, pending: list[tuple[int, Any]]) -> dict[str, Any] | None:
-    """Wait for the steps in flight and compare each, bit for bit; return the first that differs, or None."""
-    manager.synchronize()
-    scores = pipeline.collect()
-    for number, expected in pending:
-        found = scores[number % _WINDOW]
-        wrong = found != expected  # NaN, which the row of a step that did not run holds, differs from all
-        if wrong.any():
-            sequence = int(wrong.argmax())
-            return {
-                "step": number,
-                "sequence": sequence,
-                "expected": float(expected[sequence]),
-                "found": float(found[sequence]),
-            }
-    pending.clear()
-    return None
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in ("numbabuf", "numba", "numba-cuda", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # numba-cuda is optional
-            versions[package] = importlib.metadata.version(package)
-    return versions
-
-
-# ------------------------------------------------------------------------------------------------- printing
-
-
-def _print_intro(args: argparse.Namespace, trace: RequestTrace | StepTrace, workload: Workload) -> None:
-    if args.trace:
-        print(f"trace: {trace.name}, {len(trace):,} {trace.kind}")
-    else:
-        print(
-            "trace: generated,",
-            ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(workload).items()),
-        )
-    if trace.reordered:
-        print(f"  {trace.reordered:,} rows arrive earlier than a row before them: sorted by arrival")
-    print(f"limits: {args.max_tokens:,} tokens and {args.max_seqs:,} sequences a step")
-    print(f"pipeline: embedding {args.vocab:,} x {args.dim}, sum per sequence, score", flush=True)
-
-
-def _print_results(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    results = report["results"]
-    what = "the same, bit for bit, as NumPy's" if results["mismatch"] is None else "WRONG, see below"
-    simulator = report["backend"] == "simulator"
-    rows = [
-        ("backend", "Numba's simulator (results, not speed)" if simulator else f"cuda, {report['device']}"),
-        ("steps", f"{results['steps']:,}, results {what}"),
-        ("graphs", f"{results['graphs']:,}, captured in {results['capture_s']:.2f} s"),
-        ("padding", f"{results['padding_percent']:.1f} % on top of {results['live_tokens']:,} tokens"),
-        ("overflow", f"{results['overflows']:,} steps beyond the largest bucket ({args.overflow})"),
-        ("ring waits", f"{results['ring_waits']:,} with {args.ring} blocks"),
-        (
-            "host per step",
-            f"median {results['host_us_median']:,.1f} us, p99 {results['host_us_p99']:,.1f} us"
-            + (", kernels included" if simulator else ""),
-        ),
-    ]
-    print()
-    for name, value in rows:
-        print(f"{name:<14} {value}")
-    print(f"\n{'bucket':>8} {'runs':>8}")
-    for bucket, count in sorted(results["buckets"].items(), key=lambda item: int(item[0])):
-        print(f"{bucket:>8} {count:>8,}")
-    if results["mismatch"] is None and not results["complete"]:
-        print(f"\nOnly the first {results['steps']:,} steps were run; --steps 0 runs all.")
 
 
 # ------------------------------------------------------------------------------------------------ plan and info
@@ -513,18 +339,21 @@ def _plan(args: argparse.Namespace) -> int:
     found = compare(sizes, args.k, max_size=top)
     print(f"{found.steps:,} steps, at most {top:,} {args.axis} each")
     print(found.table())
-    if args.plot:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
-        from matplotlib.figure import Figure
+    return _plot(found, args.plot) if args.plot else 0
 
-        figure = Figure(figsize=(8, 0.4 * len(found.fits) + 1), layout="constrained")
-        FigureCanvasAgg(figure)
-        found.plot(figure.add_subplot())
-        try:
-            figure.savefig(args.plot, dpi=150)
-        except (OSError, ValueError) as error:  # no right to write there, or a suffix that matplotlib does not know
-            _complain(f"error: {args.plot}: cannot be written: {error}")
-            return 2
+
+def _plot(found: Comparison, path: str) -> int:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.4 * len(found.fits) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    found.plot(figure.add_subplot())
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:  # no right to write there, or a suffix that matplotlib does not know
+        _complain(f"error: {path}: cannot be written: {error}")
+        return 2
     return 0
 
 
