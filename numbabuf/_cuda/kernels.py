@@ -330,7 +330,7 @@ def fill_slots(table: int) -> None:
             # Two races that this fence ends; an atomic by itself orders nothing behind it. Another block reads its
             # staged values and adds to DONE; this one sees the sum and publishes; the host writes the staging block
             # again; the other block has read that. Or it has read the next count: STEP, stored below. The publication
-            # is strong because a weak store is not ordered towards the host. The proof: tests/_cuda/test_memory_model.py.
+            # is strong because a weak store is not ordered towards the host. Proof: tests/_cuda/test_memory_model.py.
             cuda.threadfence_system()
             store8(table + DONE * WORD, 0)
             store8(table + STEP * WORD, step + 1)
