@@ -20,9 +20,7 @@ from . import harness
 
 def names() -> list[str]:
     """Every benchmark there is."""
-    return [
-        name for _, name, _ in pkgutil.iter_modules(_path) if name != "harness" and not name.startswith("_")
-    ]
+    return [name for _, name, _ in pkgutil.iter_modules(_path) if name != "harness" and not name.startswith("_")]
 
 
 def _option(text: str) -> tuple[str, Any]:

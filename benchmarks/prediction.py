@@ -86,15 +86,11 @@ def streams(traces: Path | None, limit: int) -> dict[str, dict[str, Ints]]:
     else:
         files = sorted(Path(traces).glob("stream_*.npz"))
         if not files:
-            raise FileNotFoundError(
-                f"no stream_*.npz in {traces}: name another directory, or none for generated ones"
-            )
+            raise FileNotFoundError(f"no stream_*.npz in {traces}: name another directory, or none for generated ones")
         found = {}
         for file in files:
             with np.load(file, allow_pickle=False) as arrays:
-                found[file.stem.removeprefix("stream_")] = {
-                    k: arrays[k] for k in ("num_seqs", "num_tokens", "prefill")
-                }
+                found[file.stem.removeprefix("stream_")] = {k: arrays[k] for k in ("num_seqs", "num_tokens", "prefill")}
     return {name: {kind: _cut(x, kind, limit) for kind, x in kinds.items()} for name, kinds in found.items()}
 
 
@@ -475,9 +471,7 @@ def hit_rows(found: dict[str, dict[str, Ints]]) -> tuple[list[dict[str, Any]], l
                 "belady": optimum(ids, k, warm_steps, start, prefetch=False),
                 "fixed": fixed(ids, k, start),
             }
-            others = {
-                n: replay(B(sizes, warm_steps), ids, k, warm_steps, start)[0] for n, B in BASELINES.items()
-            }
+            others = {n: replay(B(sizes, warm_steps), ids, k, warm_steps, start)[0] for n, B in BASELINES.items()}
             best = max(others, key=others.__getitem__)
             rows.append(
                 {"case": case, "k": k, "trace": name, "steps": len(ids), "buckets": len(sizes), "ours": ours}
@@ -518,9 +512,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all of it": {},
-    **{
-        f"without {table}": {"tables": tuple(t for t in learner.TABLES if t != table)} for table in learner.TABLES
-    },
+    **{f"without {table}": {"tables": tuple(t for t in learner.TABLES if t != table)} for table in learner.TABLES},
     "equal weights, not learned": {"learn": 0.0},
     "forget over 1/8 window": {"forget": 0.125},
     "forget over 1/2 window": {"forget": 0.5},
@@ -718,9 +710,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="one trace, 600 steps")
     parser.add_argument("--traces", type=Path, metavar="DIR", help="directory with stream_<name>.npz files")
-    parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write the results to this file, a table beside it"
-    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, a table beside it")
     options = parser.parse_args(argv)
     result = run(options.smoke, traces=options.traces)
     print(table(result))

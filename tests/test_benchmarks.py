@@ -22,9 +22,7 @@ RESULTS = Path(benchmarks.__file__).parent / "results"
 
 def test_measure_counts_its_calls():
     calls, finishes = [], []
-    timing = harness.measure(
-        lambda: calls.append(1), repeats=5, warmup=3, inner=2, finish=lambda: finishes.append(1)
-    )
+    timing = harness.measure(lambda: calls.append(1), repeats=5, warmup=3, inner=2, finish=lambda: finishes.append(1))
     assert len(calls) == 3 + 5 * 2
     assert len(finishes) == 1 + 5
     assert (timing.repeats, timing.ends_in) == (5, "synchronise")
@@ -104,9 +102,7 @@ def invented(monkeypatch):
     def fail(smoke):
         raise ValueError("broken on purpose")
 
-    works = types.SimpleNamespace(
-        __doc__="What works.\n\nMore.", run=run, table=lambda r: harness.render(r["rows"])
-    )
+    works = types.SimpleNamespace(__doc__="What works.\n\nMore.", run=run, table=lambda r: harness.render(r["rows"]))
     fails = types.SimpleNamespace(__doc__="What fails.", run=fail, table=None)
     monkeypatch.setitem(sys.modules, "benchmarks.works", works)
     monkeypatch.setitem(sys.modules, "benchmarks.fails", fails)
@@ -267,9 +263,7 @@ def script(tmp_path):
         f'#!/bin/sh\n[ "$1" = - ] && exec echo a-device\necho "python $*" >>{calls}\n'
         'case "$*" in *"-m pytest"*test_kernels*) ;; *"-m pytest"*) echo "a test failed"; exit 1 ;; esac\n'
     )
-    sanitizer.write_text(
-        f'#!/bin/sh\necho "sanitizer $*" >>{calls}\ncase "$*" in *racecheck*) exit 99 ;; esac\n'
-    )
+    sanitizer.write_text(f'#!/bin/sh\necho "sanitizer $*" >>{calls}\ncase "$*" in *racecheck*) exit 99 ;; esac\n')
     for program_file in (python, sanitizer):
         program_file.chmod(0o755)
 

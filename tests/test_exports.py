@@ -30,9 +30,7 @@ def test_all_is_sorted_and_complete():
     listed = numbabuf.__all__
     assert sorted(set(listed)) == list(listed)
     public = {
-        name
-        for name, value in vars(numbabuf).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
+        name for name, value in vars(numbabuf).items() if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public - {"annotations", "Any", "TYPE_CHECKING"} <= set(listed), "public, yet not in __all__"
 

@@ -84,9 +84,7 @@ class Load:
 
     def operation(self):
         random = self.random
-        kind = random.choice(
-            list(WEIGHTS), p=list(WEIGHTS.values())
-        )
+        kind = random.choice(list(WEIGHTS), p=list(WEIGHTS.values()))
         getattr(self, f"_{kind}")(random)
 
     def _replay(self, random, tokens=None):

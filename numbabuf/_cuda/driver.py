@@ -206,9 +206,7 @@ def address(array: Any) -> int:
     return int(array.__cuda_array_interface__["data"][0])
 
 
-def device_view(
-    base: DeviceArray | np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype
-) -> DeviceArray:
+def device_view(base: DeviceArray | np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
     if dtype.kind == "V" and dtype.name == "bfloat16":
         dtype = np.dtype(np.uint16)
     interface = {

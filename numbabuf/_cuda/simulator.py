@@ -122,9 +122,7 @@ def address(array: Any) -> int:
     return int(_host(array).ctypes.data)
 
 
-def device_view(
-    base: DeviceArray | np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype
-) -> DeviceArray:
+def device_view(base: DeviceArray | np.ndarray, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
     if dtype.kind == "V" and dtype.name == "bfloat16":
         dtype = np.dtype(np.uint16)
     return FakeCUDAArray(np.ndarray(shape, dtype, buffer=_host(base), offset=offset))  # type: ignore[no-any-return]

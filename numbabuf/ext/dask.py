@@ -148,9 +148,7 @@ class Fleet:
                 _log.warning("worker %s left while it was asked for %s: %s", address, method, answer)
             elif isinstance(answer, Exception):
                 raise answer
-        return {
-            address: answer[0] for address, answer in answers.items() if not isinstance(answer, OSError) and answer
-        }
+        return {address: answer[0] for address, answer in answers.items() if not isinstance(answer, OSError) and answer}
 
     def close(self) -> None:
         """Close every worker's manager and pool, and start none in workers to come. Doing it again does nothing."""

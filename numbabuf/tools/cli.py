@@ -373,9 +373,7 @@ def _info(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "info": Command("Tell what is here and what is missing.", _info_arguments, _info, device=False),
-    "plan": Command(
-        "Choose the sizes to capture for a log of requests.", _plan_arguments, _plan, device=False
-    ),
+    "plan": Command("Choose the sizes to capture for a log of requests.", _plan_arguments, _plan, device=False),
     "replay": Command(
         "Replay a request trace through graphs, checking every step.", _replay_arguments, _replay, device=True
     ),

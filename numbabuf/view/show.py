@@ -90,9 +90,7 @@ def _manager(manager: InputBufferManager) -> str:
     slots = [(slot.name, str(slot.spec), slot.axis or "whole", str(slot.pad)) for slot in manager.slots]
     pending = manager.pending
     ring = "" if pending is None else html.squares(*pending, names=("staged", "free"))
-    return html.card(
-        repr(manager), html.table(["slot", "spec", "follows", "pad"], slots), ring, show(manager.stats())
-    )
+    return html.card(repr(manager), html.table(["slot", "spec", "follows", "pad"], slots), ring, show(manager.stats()))
 
 
 @show.register

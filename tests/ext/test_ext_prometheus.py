@@ -71,7 +71,8 @@ def test_what_only_some_of_them_have():
     ):
         found = scrape(Collector(a=manager, b=pool))
     assert {key for key in found if key[0] == "prediction_steps_total"} == {
-        ("prediction_steps_total", "a", "hit"), ("prediction_steps_total", "a", "miss")
+        ("prediction_steps_total", "a", "hit"),
+        ("prediction_steps_total", "a", "miss"),
     }, "their sum is the steps that a forecast was made for"
     assert found["prediction_steps_total", "a", "miss"] == found["manager_overflows_total", "a"] == 0
     assert found["pool_moves_total", "b", "promotion"] == 0
