@@ -412,8 +412,8 @@ def test_a_bad_switch_is_one_line_and_stops_no_other_command(tmp_path, switch):
     (tmp_path / "trace.csv").write_text(CSV)
     env = os.environ | {"PYTHONPATH": PATH, switch: "maybe", "PYTHONWARNINGS": "ignore"}
     codes = []
-    for command in (["replay", *SIZES], ["plan", "trace.csv"], ["info"]):
-        done = subprocess.run([sys.executable, "-m", "numbabuf", *command], env=env, cwd=tmp_path, capture_output=True,
+    for words in (["replay", *SIZES], ["plan", "trace.csv"], ["info"]):
+        done = subprocess.run([sys.executable, "-m", "numbabuf", *words], env=env, cwd=tmp_path, capture_output=True,
                               text=True, check=False)  # fmt: skip
         codes.append(done.returncode)
         if done.returncode:
