@@ -69,10 +69,11 @@ def _fills(
             manager.register_slot(f"slot{i}", BufferSpec(tokens, "int64"))
         for live in sorted({tokens, max(1, tokens // 2)}, reverse=True):
             inputs = {f"slot{i}": np.arange(live) for i in range(slots)}
-            for _ in range(manager._depth + 1):  # every block of the ring holds such a step
+            for _ in range(manager._shared.depth + 1):  # every block of the ring holds such a step
                 manager.stage_inputs(inputs, live)
             manager.synchronize()
-            arena, stream = manager._arena, _cuda.as_stream(None)
+            arena, stream = manager._shared.arena, _cuda.as_stream(None)
+            assert arena is not None
             # The fill counts for itself which block is next, so it can be launched again and again as it is.
             fill = functools.partial(arena.launch_fill, stream, (tokens,) * slots)
             up, written = 8 * slots * live, 8 * slots * tokens

@@ -76,7 +76,8 @@ def run(smoke: bool, *, tokens: int = TOKENS) -> dict[str, Any]:
                     )
         finally:
             if stub is not None:
-                manager._arena.resync()  # nothing ran there, so nothing counted
+                assert manager._shared.arena is not None
+                manager._shared.arena.resync()  # nothing ran there, so nothing counted
             manager.close()
     return {"tokens": tokens, "kernels_skipped": stub is not None, "rows": rows}
 

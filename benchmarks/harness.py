@@ -191,7 +191,7 @@ def step_of(manager: Any, call: str, inputs: Any, tokens: int, stub: Any) -> Cal
 
     On the stand-in driver, where nobody reads the staging blocks, it also marks them read.
     """
-    method, ring = getattr(manager, call), manager._ring
+    method, ring = getattr(manager, call), manager._shared.arena.ring
     if stub is None:
         return lambda: method(inputs, tokens)
 

@@ -187,7 +187,8 @@ def _rows(smoke: bool, slots: int, tokens: int, kernels: int, competitors: bool)
         }
     for each in managers:
         if stub is not None:  # nothing ran, so nothing counted: start the device's count anew before the end
-            each._arena.resync()
+            assert each._shared.arena is not None
+            each._shared.arena.resync()
         each.close()
     first = times[next(iter(ways))].median_us
     rows = [

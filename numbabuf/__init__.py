@@ -28,13 +28,15 @@ if TYPE_CHECKING:
     from .pool.entry import BufferEntry
     from .pool.pool import BufferPool, SimpleBufferPool
     from .pool.spec import BufferSpec, BufferState, Tier
-    from .pool.stats import ManagerStats, PoolStats, PredictionStats
+    from .pool.stats import PoolStats, PredictionStats
     from .predict.factory import create_input_buffer_manager
     from .predict.manager import PredictiveBufferManager
     from .step.graph import Step
     from .step.lease import Lease
     from .step.manager import InputBufferManager
+    from .step.program import CapturedSize, Program
     from .step.slot import InputSlot
+    from .step.stats import ManagerStats, ProgramStats
     from .tiers.pool import HierarchicalBufferPool, HierarchyStats
 
 __version__ = "0.1.0"
@@ -48,6 +50,7 @@ __all__ = [
     "BufferState",
     "BusyError",
     "CaptureError",
+    "CapturedSize",
     "ClosedError",
     "GraphMissingError",
     "HierarchicalBufferPool",
@@ -60,6 +63,8 @@ __all__ = [
     "PoolStats",
     "PredictionStats",
     "PredictiveBufferManager",
+    "Program",
+    "ProgramStats",
     "SimpleBufferPool",
     "StaleBufferError",
     "Step",
@@ -87,13 +92,15 @@ _HOMES = {
     "pool.entry": ("BufferEntry",),
     "pool.pool": ("BufferPool", "SimpleBufferPool"),
     "pool.spec": ("BufferSpec", "BufferState", "Tier"),
-    "pool.stats": ("ManagerStats", "PoolStats", "PredictionStats"),
+    "pool.stats": ("PoolStats", "PredictionStats"),
     "predict.factory": ("create_input_buffer_manager",),
     "predict.manager": ("PredictiveBufferManager",),
     "step.graph": ("Step",),
     "step.lease": ("Lease",),
     "step.manager": ("InputBufferManager",),
+    "step.program": ("CapturedSize", "Program"),
     "step.slot": ("InputSlot",),
+    "step.stats": ("ManagerStats", "ProgramStats"),
     "tiers.pool": ("HierarchicalBufferPool", "HierarchyStats"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,3 +1,4 @@
-"""Statistics of pools and managers: the public name of `numbabuf.pool.stats`."""
+"""Statistics of pools and managers: the public name of `pool.stats` and `step.stats`."""
 
 from .pool.stats import *  # noqa: F403
+from .step.stats import *  # noqa: F403

@@ -5,7 +5,6 @@ raises the interrupt at each of these places of an operation in turn.
 """
 
 import dis
-import linecache
 import os
 import pathlib
 import sys
@@ -23,12 +22,6 @@ STRIDE = 3
 """How many places a run goes on by; 1 finds no more, and takes longer."""
 OPERATIONS = {name: made for name, made in OPERATIONS.items() if not any(word in name for word in NOT_THE_MANAGERS)}
 CHECKED = {code for name, code in dis.opmap.items() if name.startswith(("CALL", "JUMP_BACKWARD"))}
-
-
-def at_a_door(frame, event):
-    """Whether Python itself loses what was begun: a lock is taken, or a with block entered, and not yet in it."""
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-    return ".acquire(blocking" in line or (event == "call" and frame.f_code.co_name in ("__enter__", "__exit__"))
 
 
 class Tracer:
@@ -51,7 +44,7 @@ class Tracer:
             self._after.discard(frame)
             if frame.f_code.co_code[frame.f_lasti] in CHECKED:
                 self._after.add(frame)
-        if place and frame.f_code.co_name != "<genexpr>" and not at_a_door(frame, event):  # a generator's end is none
+        if place and frame.f_code.co_name != "<genexpr>":  # a generator's end is none
             self.left -= 1
             if self.left < 0:
                 sys.settrace(None)
@@ -83,10 +76,11 @@ def test_an_interrupt_anywhere(name):
         leased = world.pool.stats().in_use_count
         where = interrupt(lambda world=world: quietly(act, world), at)
         m = world.m
-        assert not m._lock._is_owned() and not m._capturing.locked() and m._capturer is None, where
+        assert not m._shared.inside() and m._shared.capturing.thread is None, where
         assert not _cuda.captures, where
-        if m._lease is not None and m._lease.open:  # it was on its way to the with block that would have ended it
-            m._lease.discard()
+        lease = m._shared.lease
+        if lease is not None and lease.open:  # it was on its way to the with block that would have ended it
+            lease.discard()
         try:
             for step in (world.good, lambda world=world: act(world), world.good):
                 quietly(step)
@@ -109,7 +103,7 @@ def test_an_end_that_is_interrupted_can_be_asked_for_again(end):
         world = World()
         where = interrupt(getattr(world.m, end), at)
         getattr(world.m, end)()
-        assert not world.m._service, where
+        assert not world.m.captured, where
         if not world.m.closed:
             quietly(world.good)
         if where is None:

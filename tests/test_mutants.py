@@ -18,7 +18,7 @@ from numbabuf import BufferSpec, InputBufferManager, SimpleBufferPool, _cuda
 from numbabuf._cuda import kernels
 from numbabuf._cuda.open_captures import OpenCapture
 from numbabuf.pool import ordering, store
-from numbabuf.step import arena, graph, service, slot
+from numbabuf.step import arena, graphs, slot
 from numbabuf.step import ring as staging
 
 STEPS = 60
@@ -141,7 +141,7 @@ def run_failed_launch(stub):
 
 
 STUB = pytest.mark.stub
-ARENA, RING, ORDER, SERVICE = arena.Arena, staging.StagingRing, ordering.StreamOrder, service.Service
+ARENA, RING, ORDER, GRAPHS = arena.Arena, staging.StagingRing, ordering.StreamOrder, graphs.Graphs
 MUTANTS = {
     # The five by which a staging ring, its fill and its graphs usually go wrong.
     "retirement check removed": (
@@ -166,18 +166,18 @@ MUTANTS = {
         run_pool, STUB, (ORDER, "_mark", "event.record(stream)", "event.record(self.default)"),
     ),
     "withdrawn graph closed too early": (
-        run_withdrawal, STUB, (SERVICE, "exchange", "event.record(self._stream)", "pass"),
+        run_withdrawal, STUB, (GRAPHS, "exchange", "event.record(self._stream)", "pass"),
     ),
     "pad left as it is": (run_ring, (), (slot.InputSlot, "table_row", "= self.pad_mode", "= kernels.PAD_KEEP")),
     "sizes of an earlier bucket": (run_ring, (), (ARENA, "write", "same = block.padded is padded", "same = True")),
-    "graph without its fill": (run_ring, (), (graph.Recording, "__enter__", "self._fill(self._stream)", "pass")),
+    "graph without its fill": (run_ring, (), (arena, "recorded", "fill(stream)", "pass")),
     "fill not first": (
-        run_ring, (), (graph.Recording, "__enter__", "self._fill(self._stream)", "pass"),
-        (graph.Recording, "__exit__", "if error is None and not self._dry:", """if error is None and not self._dry:
-        self._fill(self._stream)"""),
+        run_ring, (),
+        (arena, "recorded", "fill(stream)\n        yield captured\n        if not dry:",
+         "yield captured\n        if not dry:\n            fill(stream)"),
     ),
     "count not advanced": (run_ring, (), (kernels, "fill_slots", "store8(table + STEP * WORD, step + 1)", "pass")),
-    "bucket one too small": (run_ring, (), (SERVICE, "covering", "live[0])", "live[0] - 1)")),
+    "bucket one too small": (run_ring, (), (GRAPHS, "covering", "live[0])", "live[0] - 1)")),
     "counts not reset": (run_failed_launch, STUB, (ARENA, "_recount", "self.ring.reset()", "self.ring.advance()")),
     "device count not reset": (run_failed_launch, STUB, (ARENA, "_recount", "self._write_table()", "pass")),
 }  # fmt: skip

@@ -18,9 +18,10 @@ from .. import _cuda
 from ..demand.model import DemandModel
 from ..errors import BusyError
 from ..pool.pool import BufferPool
-from ..pool.stats import ManagerStats, PoolStats, PredictionStats
+from ..pool.stats import PoolStats, PredictionStats
 from ..predict.manager import PredictiveBufferManager
 from ..step.manager import InputBufferManager
+from ..step.stats import ManagerStats
 
 if TYPE_CHECKING:
     from distributed import Worker, WorkerPlugin
@@ -74,10 +75,10 @@ class Held:
             if size > 0:
                 own.append((clock(), size))
 
-        def observe(size: int) -> None:
+        def observe(size: int, program: Any) -> None:
             note(size)
             if before is not None:
-                before(size)
+                before(size, program)
 
         self.manager.observer = observe
         if self._predicting is not None and self._predicting.refusal_observer is None:

@@ -24,7 +24,6 @@ __all__ = [
     "EventRing",
     "Frozen",
     "HierarchyStats",
-    "ManagerStats",
     "OomSteps",
     "PoolStats",
     "PredictionStats",
@@ -335,56 +334,6 @@ def caller() -> str:
     """Return the file and line of the first frame outside numbabuf."""
     frame, _ = outside()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-@dataclass(frozen=True)
-class ManagerStats(Shown):
-    """What a manager did, at one moment.
-
-    Attributes
-    ----------
-    steps : int
-        Steps staged: replays, fills and eager steps; a step that was split counts once a piece.
-    live_tokens, padded_tokens : int
-        Tokens given, and tokens that the buckets they ran in hold.
-    buckets : dict of int to int
-        Padded number of tokens -> steps that ran in it.
-    overflows : int
-        Steps larger than the largest bucket that were run all the same, in pieces or without a graph.
-    ring_waits : int
-        Times the host waited for a staging block.
-    graphs : int
-        Captured graphs that are live.
-    arena_bytes, ring_bytes : int
-        Device memory of the slots, pinned memory of the staging ring.
-    bucket_tokens : dict of int to int
-        Padded number of tokens -> live tokens of the steps that ran in it.
-    """
-
-    steps: int
-    live_tokens: int
-    padded_tokens: int
-    buckets: dict[int, int]
-    overflows: int
-    ring_waits: int
-    graphs: int
-    arena_bytes: int
-    ring_bytes: int
-    bucket_tokens: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def padding(self) -> float:
-        """Padded tokens over live tokens, less one: 0.25 is a quarter of padding."""
-        return self.padded_tokens / self.live_tokens - 1 if self.live_tokens else 0.0
-
-    def padding_rows(self) -> list[tuple[int, int, int, float]]:
-        """Return (bucket, steps, live tokens, padding in % of the live tokens) for each bucket that a step ran in."""
-        rows = []
-        for bucket, steps in self.buckets.items():
-            live = self.bucket_tokens.get(bucket, 0)
-            rows.append((bucket, steps, live, round(100.0 * (bucket * steps / live - 1), 1) if live else 0.0))
-        return rows
-
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from .. import _cuda
 from ..checks import nbytes, whole_number
 from ..demand import buckets
 from ..demand.model import DemandModel
-from ..errors import BucketOverflowError, BusyError, NumbabufError
+from ..errors import BusyError, NumbabufError
 from ..pool.pool import BufferPool
 from ..pool.spec import BufferSpec
 from ..pool.stats import PredictionStats
 from ..step.graph import CapturedStep, Step
-from ..step.manager import InputBufferManager, check_function
+from ..step.manager import InputBufferManager
+from ..step.program import Program, check_function
 from ..view.progress import stopped, track
 
 __all__ = ["PredictiveBufferManager"]
@@ -131,7 +132,7 @@ class PredictiveBufferManager(InputBufferManager):
             if budget is not None and not budget >= 0:
                 raise ValueError(f"{name} is {budget!r}: give a number from 0 up, or None for no limit")
         super().__init__(pool, max_batch_size, max_seq_len, **options)
-        given = self._bucket_lists.get("tokens")
+        given = self._shared.slots.buckets.get("tokens")
         largest = given[-1] if given else self.max_tokens
         max_size = largest if max_size is None else max_size
         self.max_size = whole_number("max_size", max_size, least=1, most=self.max_tokens)
@@ -162,6 +163,8 @@ class PredictiveBufferManager(InputBufferManager):
         """Called with the number of tokens of each step that is refused for its size, if the slots could hold it. The
         manager's lock is held: it must not use the manager, nor wait. What it raises is logged."""
         self.observer = self._note = _noter(self._recent, 2 * self._keep, self._count_older)
+        noted = weakref.WeakMethod(self._note_refused)  # weak, so that the manager is in no reference cycle
+        self._first.refusal_observer = lambda size, program: noted()(size)  # type: ignore[misc]
         try:
             self._demand.claim(self)  # last: a manager that could not be made owns nothing
         except BusyError:
@@ -229,20 +232,6 @@ class PredictiveBufferManager(InputBufferManager):
         finally:
             self._counting.release()
 
-    def _overflow(self, inputs: Mapping[str, Any], live: tuple[int, ...], *rest: Any) -> Any:
-        try:
-            return super()._overflow(inputs, live, *rest)
-        except BucketOverflowError:
-            self._note_refused(live[0])
-            raise
-
-    def _fill_for(self, live: tuple[int, ...]) -> CapturedStep:
-        try:
-            return super()._fill_for(live)
-        except BucketOverflowError:
-            self._note_refused(live[0])
-            raise
-
     def _note_refused(self, size: int) -> None:
         """Count a step that is refused for its size; it is demand like any other. Holds the manager's lock."""
         self._refusals += 1
@@ -272,7 +261,7 @@ class PredictiveBufferManager(InputBufferManager):
         Whoever holds the manager's lock, as a function does that `capture_buckets` calls, waits for nobody: the thread
         that learns may be waiting for that lock.
         """
-        if not self._learning.acquire(blocking=not _owned(self._lock)):
+        if not self._learning.acquire(blocking=not _owned(self._shared.lock)):
             raise BusyError("another thread learns or prewarms with this manager: ask outside of the captured function")
         try:
             self._learn()
@@ -372,24 +361,23 @@ class PredictiveBufferManager(InputBufferManager):
             check_function(fn)
         if _cuda.capturing() or self.closed:
             return ()
-        self._refuse_inside("prewarm")
-        _cuda.one_device(self._device, self)
+        self._shared.refuse_inside("prewarm")
+        _cuda.one_device(self._shared.stream.device, self)
         with self._learned():
             if fn is not None:
-                self._function = fn
+                self._first.function = fn
             captured = self._prewarm_graphs(progress)
             self._prewarm_buffers()
             return captured
 
     def _prewarm_graphs(self, progress: bool) -> tuple[int, ...]:
-        fn = self._function
+        fn = self._first.function
         if fn is None:
             return ()
-        with self._lock:
-            self._ready()
-            self._service.reap()
-            full = tuple(choices[-1] for choices in self._choices[1:])
-            present = [graph.sizes for graph in self._service]
+        with self._shared.working("prewarm"):
+            self._first.graphs.reap()
+            full = tuple(choices[-1] for choices in self.layout.buckets[1:])
+            present = [graph.sizes for graph in self._first.graphs]
         planned = [int(size) for size in self._refitter.sizes]
         missing = [size for size in planned if (size, *full) not in present]
         captured: list[int] = []
@@ -409,15 +397,15 @@ class PredictiveBufferManager(InputBufferManager):
             if not self._fits_bytes() or self._refused == (fn, planned):
                 why = f"the budget of {self._byte_budget:,} bytes is spent"
                 break
-            if size != self.max_size and len(self._service) >= self.max_graphs and not self._spare(planned, full):
-                why = f"{len(self._service)} graphs are captured"
+            if size != self.max_size and len(self._first.graphs) >= self.max_graphs and not self._spare(planned, full):
+                why = f"{len(self._first.graphs)} graphs are captured"
                 break
             why = self._capture_one((size, *full), fn, planned)
             if why:
                 break
             captured.append(size)
             # Only now: had the capture failed, what is dropped would still be needed.
-            while len(self._service) > self.max_graphs and self._drop_one(planned, full, price):
+            while len(self._first.graphs) > self.max_graphs and self._drop_one(planned, full, price):
                 pass
         self._capture_seconds += self._clock() - began
         if progress and why:
@@ -442,43 +430,33 @@ class PredictiveBufferManager(InputBufferManager):
     def _capture_one(self, sizes: tuple[int, ...], fn: Callable[[Step], Any], planned: list[int]) -> str:
         """Capture one size and put it in service; return why not, counted where that failed, else nothing."""
         try:
-            with contextlib.ExitStack() as stack:
-                try:  # a capture that is waited for may itself wait for what this thread is learning
-                    stack.enter_context(self._exclusive(wait=False))
-                except BusyError as error:
-                    return str(error)
-                with self._lock:
-                    if self._function is not fn:
-                        return "the graphs were closed, or captured anew, meanwhile"
-                    self._ready()
-                    rehearsal = self._recording(sizes, dry=True)
-                with rehearsal as step:
-                    fn(step)
-                before = _cuda.memory_info()  # after the code is loaded, which stays when the graph is closed
-                with self._lock:
-                    recording = self._recording(sizes)
-                with recording as step:
-                    step.result = fn(step)
-                after = _cuda.memory_info()
-                nbytes = max(0, before[0] - after[0]) if before and after else 0
-                with self._lock:
-                    if self._byte_budget is not None and self._taken() + nbytes > self._byte_budget:
-                        self._service.exchange([recording.captured], [])  # closed as soon as that is allowed
-                        self._refused = fn, planned
-                        raise MemoryError(f"it takes {nbytes:,} bytes, more than is left of the budget")
-                    self._service.adopt([recording.captured])
-                    self._made[recording.captured] = nbytes
-                    self._captures += 1
+            with self._shared.lock:
+                if self._first.function is not fn:
+                    return "the graphs were closed, or captured anew, meanwhile"
+            try:  # a capture that is waited for may itself wait for what this thread is learning
+                nbytes = self._first.capture(self.layout.named(sizes), wait=False).nbytes
+            except BusyError as error:
+                return str(error)
+            with self._shared.lock:
+                graph = self._first.graphs.exact(sizes)
+                if graph is None:
+                    return "the graphs were closed meanwhile"
+                if self._byte_budget is not None and self._taken() + nbytes > self._byte_budget:
+                    self._first.graphs.exchange([graph], [])  # closed as soon as that is allowed
+                    self._refused = fn, planned
+                    raise MemoryError(f"it takes {nbytes:,} bytes, more than is left of the budget")
+                self._made[graph] = nbytes
+                self._captures += 1
         except Exception as error:  # degrade to what was there: whatever was wrong, the graphs in service are right
             self._failures += 1
-            _log.warning("prewarming a graph for %s failed: %s", dict(zip(self._axes, sizes, strict=True)), error)
+            _log.warning("prewarming a graph for %s failed: %s", self.layout.named(sizes), error)
             return f"the graph for {sizes[0]} tokens failed, see the log"
         return ""
 
     def _spare(self, planned: list[int], full: tuple[int, ...]) -> list[CapturedStep]:
         """The graphs that the plan does not want, but the largest: whatever was served stays served."""
-        with self._lock:
-            ours = [graph for graph in self._service if graph.sizes[1:] == full]
+        with self._shared.lock:
+            ours = [graph for graph in self._first.graphs if graph.sizes[1:] == full]
         return [graph for graph in ours[:-1] if graph.sizes[0] not in planned]
 
     def _drop_one(
@@ -488,11 +466,11 @@ class PredictiveBufferManager(InputBufferManager):
 
         With `made`, of those that the byte budget counts.
         """
-        with self._lock:
+        with self._shared.lock:
             spare = [graph for graph in self._spare(planned, full) if not made or self._made.get(graph)]
             if not spare:
                 return False
-            present = {graph.sizes[0] for graph in self._service if graph.sizes[1:] == full}
+            present = {graph.sizes[0] for graph in self._first.graphs if graph.sizes[1:] == full}
             self._withdraw(min(spare, key=lambda graph: price(present - {graph.sizes[0]})))
         return True
 
@@ -501,11 +479,11 @@ class PredictiveBufferManager(InputBufferManager):
 
         Each trade lowers the cost by as much, so that two sizes do not take turns.
         """
-        with self._lock:
+        with self._shared.lock:
             spare = [graph for graph in self._spare([], full) if self._made.get(graph)]
             if not spare:
                 return
-            present = {graph.sizes[0] for graph in self._service if graph.sizes[1:] == full}
+            present = {graph.sizes[0] for graph in self._first.graphs if graph.sizes[1:] == full}
             costs = [(price((present - {graph.sizes[0]}) | {size}), at) for at, graph in enumerate(spare)]
             cost, at = min(costs)
             if cost <= TRADED * price(present):
@@ -513,22 +491,22 @@ class PredictiveBufferManager(InputBufferManager):
 
     def _withdraw(self, graph: CapturedStep) -> None:
         """Take a graph out of service, because another is worth more. Holds the manager's lock."""
-        self._service.exchange([graph], [])
+        self._first.graphs.exchange([graph], [])
         self._closings += 1
         self._settle()
 
     def _settle(self) -> None:
         """Settle the account of prewarmed graphs that are closed. Holds the manager's lock."""
-        present = {*self._service, *(graph for _, graph in self._service.leaving)}
+        present = {*self._first.graphs, *(graph for _, graph in self._first.graphs.leaving)}
         for graph in [graph for graph in self._made if graph not in present]:
             self._unused += graph.steps == 0
             del self._made[graph]
 
     def _taken(self, *, leaving: bool = True) -> int:
         """Bytes that prewarming takes; without `leaving`, once the graphs out of service are closed."""
-        with self._lock:
+        with self._shared.lock:
             self._settle()
-            graphs = self._made if leaving else [graph for graph in self._service if graph in self._made]
+            graphs = self._made if leaving else [graph for graph in self._first.graphs if graph in self._made]
             return sum(self._made[graph] for graph in graphs) + _nbytes(self._reserved)
 
     def _fits_bytes(self, *, leaving: bool = True) -> bool:
@@ -549,10 +527,10 @@ class PredictiveBufferManager(InputBufferManager):
                     wanted = more
             if _nbytes(self._reserved | wanted) > room:
                 # All of it: the pool frees what is idle longest, which need not be what is no longer wanted.
-                self._pool.trim(max(0, self._pool.stats().reserved_bytes - _nbytes(self._reserved)))
+                self._shared.pool.trim(max(0, self._shared.pool.stats().reserved_bytes - _nbytes(self._reserved)))
                 self._reserved.clear()
             for spec, count in wanted.items():
-                self._pool.reserve([spec] * count)
+                self._shared.pool.reserve([spec] * count)
                 self._reserved[spec] = max(count, self._reserved[spec])
         except Exception as error:  # as for graphs: what was reserved stays right
             self._failures += 1
@@ -570,8 +548,8 @@ class PredictiveBufferManager(InputBufferManager):
         """
         if not 0 < interval_s <= threading.TIMEOUT_MAX:
             raise ValueError(f"interval_s is {interval_s!r}: give a positive number of seconds that a thread can wait")
-        with self._lock:
-            self._check_open()
+        with self._shared.lock:
+            self._shared.check_open()
             if self._worker is not None and self._worker.is_alive() and not self._stopping.is_set():
                 return
             self._stopping = threading.Event()  # this thread's own: the end of an earlier one cannot end it
@@ -582,8 +560,8 @@ class PredictiveBufferManager(InputBufferManager):
             _running.add(self)
 
     def _work(self, interval_s: float, stopping: threading.Event) -> None:
-        if self._device:  # a new thread begins on device 0
-            _cuda.cuda.select_device(self._device)
+        if self._shared.stream.device:  # a new thread begins on device 0
+            _cuda.cuda.select_device(self._shared.stream.device)
         with contextlib.suppress(NumbabufError):  # prewarm says so, if there is no device any more
             _cuda.require()  # before the collector runs here: Numba destroys what it finds in this thread's context
         while not stopping.wait(interval_s) and not self.closed:
@@ -598,8 +576,8 @@ class PredictiveBufferManager(InputBufferManager):
 
         Again, it does nothing.
         """
-        inside = _owned(self._lock) or _owned(self._learning)  # the thread may be waiting for one of them
-        with self._lock:
+        inside = _owned(self._shared.lock) or _owned(self._learning)  # the thread may be waiting for one of them
+        with self._shared.lock:
             worker = self._worker
             self._stopping.set()
         if worker is not None and not inside and worker is not threading.current_thread():
@@ -608,9 +586,9 @@ class PredictiveBufferManager(InputBufferManager):
     def close(self) -> None:
         """Stop the thread, then as `InputBufferManager.close`."""
         if not self.closed:  # before the thread is stopped: what is refused changes nothing
-            self._refuse_inside("close")
-            if self._capturer == threading.get_ident():
-                self._check_no_capture("the manager cannot be closed")
+            self._shared.refuse_inside("close")
+            if self._shared.capturing.thread == threading.get_ident():
+                self._shared.capturing.refuse("the manager cannot be closed")
         self.stop()
         try:
             super().close()
@@ -623,19 +601,15 @@ class PredictiveBufferManager(InputBufferManager):
         self._learning, self._worker = threading.RLock(), None  # threads do not survive a fork
         self._counting, self._midway = threading.Lock(), False
 
-    def _close_graphs(self) -> None:
-        super()._close_graphs()
-        self._settle()
-
     def prediction(self) -> PredictionStats:
         """Return one snapshot of how the predictions did."""
         with self._learned():
-            with self._lock:
+            with self._shared.lock:
                 self._settle()
                 return PredictionStats(
                     hits=self._hits,
                     misses=self._misses,
-                    unserved=self._overflows + self._refusals,
+                    unserved=self._first.overflow.count + self._refusals,
                     warmed=self._captures,
                     warmed_unused=self._unused + sum(graph.steps == 0 for graph in self._made),
                     closed=self._closings,
@@ -649,12 +623,12 @@ class PredictiveBufferManager(InputBufferManager):
                 )
 
 
-def _noter(recent: deque[int], most: int, count_older: Callable[[], None]) -> Callable[[int], None]:
+def _noter(recent: deque[int], most: int, count_older: Callable[[], None]) -> Callable[..., None]:
     """Return a manager's observer: it remembers each step's size, and has the oldest counted where there are many."""
     append = recent.append
 
     # Hot path, guarded by benchmarks/step.py; a closure, as each attribute would cost as much as the append.
-    def note(size: int) -> None:
+    def note(size: int, program: Program | None = None) -> None:
         append(size)
         if len(recent) > most:
             count_older()

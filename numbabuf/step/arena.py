@@ -1,8 +1,9 @@
 """The memory behind a set of slots, and the way of a step into it: written into a staging block, then queued.
 
 One device allocation that the slots are carved from, the ring before it, and the table that the fill kernel reads. An
-arena never changes: other slots want another one, which can take over the contents of the last. Knows what a step
-needs to run (`graph.CapturedStep`), not which one serves. Sits above `pool` and `staging`, below `graph`.
+arena is made from one layout and never changes: other slots want another one, which can take over the contents of the
+last. It makes the steps that run over it (`graph.CapturedStep`), and does not know which of them serves. Sits above
+`pool`, `ring` and `graph`, below `shared`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from .._cuda import kernels
 from ..errors import BusyError
 from ..pool.pool import BufferPool
 from ..pool.spec import BufferSpec, BufferState, Tier
-from .ring import Block, StagingRing, align
+from .graph import CapturedStep, Step, recorded
+from .layout import Layout
+from .ring import Block, StagingRing
 from .slot import InputSlot
 
 __all__ = ["Arena"]
@@ -29,30 +32,29 @@ _log = logging.getLogger("numbabuf")
 
 
 class Arena:
-    """Device memory for `slots`, and `depth` staging blocks.
+    """Device memory for the slots of `layout`, and `depth` staging blocks.
 
     Parameters
     ----------
     pool : BufferPool
         Where both allocations come from.
-    slots : tuple of InputSlot
-        Their offsets are set.
+    layout : Layout
     depth : int
         Staging blocks.
     stream : _cuda.Stream
         Where steps are queued.
-    generation : int
-        Which of its owner's arenas this is; a graph replays over no other.
     earlier : Arena, optional
-        Its slots are the first of `slots`; what they hold is copied.
+        Its slots are the first of the layout's; what they hold is copied.
 
     Attributes
     ----------
     ring : StagingRing
     whole : list
         Each slot's whole device array.
-    slot_bytes, ring_bytes : int
-        What was allocated, device and pinned.
+    one_axis : bool
+        Whether a step has no size but its tokens.
+    ring_bytes : int
+        What was allocated, pinned; device memory is the layout's `arena_bytes`.
 
     Raises
     ------
@@ -63,36 +65,31 @@ class Arena:
     def __init__(
         self,
         pool: BufferPool,
-        slots: tuple[InputSlot, ...],
+        layout: Layout,
         depth: int,
         stream: Any,
-        generation: int,
         earlier: Arena | None = None,
     ) -> None:
-        self.generation = generation
-        self._slots = slots
+        self.layout = layout
+        self.one_axis = len(layout.axes) == 1
+        self._slots = slots = layout.slots
         self._groups = _groups(slots)
         self._stream = stream
         self._core = stream.core
         words = kernels.HEAD + kernels.ROW * max(1, len(slots))
-        offset = align(words * kernels.WORD)
-        for slot in slots:
-            slot.target_offset = offset
-            offset += align(slot.spec.size_bytes)
-        self.slot_bytes = offset
-        self.ring_bytes = StagingRing.nbytes(slots, depth)
+        self.ring_bytes = layout.ring_bytes(depth)
         with contextlib.ExitStack() as undo:
             # With the stream, in both: the pool must order what runs here behind whatever an earlier lease of the
             # memory has queued, and a later lease behind the steps of an owner that was dropped without `release`.
-            self._device = pool.allocate(BufferSpec(self.slot_bytes, "uint8", Tier.DEVICE), stream=stream)
+            self._device = pool.allocate(BufferSpec(layout.arena_bytes, "uint8", Tier.DEVICE), stream=stream)
             undo.callback(self._device.release)
             self._pinned = pool.allocate(BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream)
             undo.callback(self._pinned.release)
             self._memory = self._device.array
             self._table_address = _cuda.address(self._memory)
             self._table = _cuda.device_view(self._memory, 0, (words,), np.dtype(np.int64))
-            self.whole = list(self.views(tuple(slot.capacity for slot in slots)).values())
-            self.ring = StagingRing(self._pinned.array, slots, depth, stream)
+            self.whole = list(self._views(tuple(slot.capacity for slot in slots)).values())
+            self.ring = StagingRing(self._pinned.array, layout, depth, stream)
             _cuda.zero(self._memory, stream)
             if earlier is not None:
                 for old, new in zip(earlier.whole, self.whole, strict=False):
@@ -107,12 +104,33 @@ class Arena:
             stream.synchronize()
             undo.pop_all()
 
-    def views(self, rows: tuple[int, ...]) -> dict[str, Any]:
+    def _views(self, rows: tuple[int, ...]) -> dict[str, Any]:
         """Return device views of the first `rows` of every slot, by name."""
         return {
-            slot.name: _cuda.device_view(self._memory, slot.target_offset, (n, *slot.spec.shape[1:]), slot.spec.dtype)
-            for slot, n in zip(self._slots, rows, strict=True)
+            slot.name: _cuda.device_view(self._memory, target, (n, *slot.spec.shape[1:]), slot.spec.dtype)
+            for slot, target, n in zip(self._slots, self.layout.targets, rows, strict=True)
         }
+
+    # ----------------------------------------------------------------------------------------------- what runs over it
+
+    def _step(self, sizes: tuple[int, ...], stream: Any) -> CapturedStep:
+        """Return a bucket's views and padded rows; the caller gives it something to run."""
+        padded = self.layout.rows(sizes)
+        return CapturedStep(Step(stream.numba, self.layout.named(sizes), self._views(padded)), sizes, padded, self)
+
+    def recording(
+        self, sizes: tuple[int, ...], stream: Any, *, dry: bool = False
+    ) -> contextlib.AbstractContextManager[CapturedStep]:
+        """Return a capture on `stream` of the fill, and of what its ``with`` block queues; see `graph.recorded`."""
+        new = self._step(sizes, stream)
+        return recorded(stream, lambda stream: self.launch_fill(stream, new.padded), new, dry=dry)
+
+    def plain(self, sizes: tuple[int, ...]) -> CapturedStep:
+        """Return a step without a graph: its fill is launched by itself."""
+        plain, stream = self._step(sizes, self._stream), self._stream
+        padded = plain.padded  # not `plain` itself: it would keep itself alive
+        plain.plain, plain.launch_on = True, lambda core: self.launch_fill(stream, padded)
+        return plain
 
     # ------------------------------------------------------------------------------------------------------- a step
 
@@ -177,6 +195,20 @@ class Arena:
                 f"there are {', '.join(sorted(static))}"
             )
 
+    def write_all(self, inputs: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]) -> None:
+        """Write `inputs`, each of which must be a slot's, into the next block."""
+        if self.write(self.ring.acquire(), inputs, live, padded) != len(inputs):
+            self.refuse_others(inputs)
+
+    def describe(
+        self, block: Block, written: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]
+    ) -> None:
+        """Write into a block, in which the values of the slots `written` lie already, how many each slot has."""
+        block.padded = None
+        for slot in self._slots:
+            rows = slot.rows(live) if slot.name in written else 0
+            slot.describe(block.words, rows, slot.width, padded[slot.position])
+
     def write_one(self, slot: InputSlot, data: Any, rows: int, padded: int) -> None:
         """Write the values of one slot into the next block; the others have nothing, and no padding either."""
         block = self.ring.acquire()
@@ -186,7 +218,7 @@ class Arena:
             if other is not slot:
                 other.describe(block.words, 0, other.width, 0)
 
-    def submit(self, target: Any, tokens: int) -> Any:
+    def submit(self, target: CapturedStep, tokens: int) -> Any:
         """Queue the step that was written last, its only driver call; returns the result of its function.
 
         Parameters
@@ -197,11 +229,12 @@ class Arena:
             Its live tokens, to count.
         """
         # Hot path, guarded by benchmarks/step.py.
-        if target.generation != self.generation:
+        if target.arena is not self:
             raise BusyError(f"{target!r} was captured over memory that the slots have left; capture it again")
+        ring = self.ring
         try:
             target.launch_on(self._core)
-            self.ring.advance()  # in here: an interrupt between the two would leave host and device one step apart
+            ring.step += 1  # in here: an interrupt between the two would leave host and device one step apart
         except BaseException as error:
             if not _cuda.is_context_error(error):
                 self.resync()
@@ -209,6 +242,7 @@ class Arena:
             self._launch_anew(target)
         target.steps += 1
         target.live += tokens
+        target.last_used = ring.past + ring.step
         return target.step.result
 
     def _launch_anew(self, target: Any) -> None:
@@ -249,7 +283,9 @@ class Arena:
         self._stream.synchronize()
 
     def _rows(self) -> list[int]:
-        rows = [word for slot in self._slots for word in slot.table_row(self._table_address)]
+        rows = []
+        for slot, source, target in zip(self._slots, self.layout.sources, self.layout.targets, strict=True):
+            rows += slot.table_row(source, self._table_address + target)
         return rows or [0] * kernels.ROW
 
     def resync(self) -> None:
@@ -281,10 +317,10 @@ class Arena:
     def check(self) -> None:
         """Assert that slots do not overlap, and that host and device agree; the owner has waited for the stream."""
         end = (kernels.HEAD + kernels.ROW * len(self._slots)) * kernels.WORD
-        for slot in self._slots:
-            assert slot.target_offset >= end, f"{slot!r} overlaps what lies before it"
-            end = slot.target_offset + slot.spec.size_bytes
-        assert end <= self.slot_bytes
+        for slot, target in zip(self._slots, self.layout.targets, strict=True):
+            assert target >= end, f"{slot!r} overlaps what lies before it"
+            end = target + slot.spec.size_bytes
+        assert end <= self.layout.arena_bytes
         table = self._table.copy_to_host()
         assert table[kernels.STEP] == self.ring.step, (table[kernels.STEP], self.ring.step)
         assert table[kernels.DONE] == 0 and self.ring.pending == 0

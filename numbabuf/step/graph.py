@@ -1,19 +1,20 @@
 """A step captured as a graph: what the capturing function sees, and what a replay needs.
 
-Knows one graph at a time; `manager` decides which steps are captured and which graph serves a step. Sits above
-`staging`, below `manager`.
+Knows one graph at a time; `program` decides which steps are captured, `graphs` which of them serves a step. Sits above
+`_cuda`, below `arena`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .. import _cuda
 from ..errors import CaptureError
 from ..resource import Shown
 
-__all__ = ["CapturedStep", "Recording", "Step"]
+__all__ = ["CapturedStep", "Step", "recorded"]
 
 
 class Step(Shown, Mapping[str, Any]):
@@ -71,23 +72,29 @@ class CapturedStep(Shown):
         Padded size per axis, in the manager's order of axes (tokens first).
     padded : tuple of int
         Padded rows per static slot.
-    generation : int
-        The manager's memory that the graph was captured over.
-    steps, live : int
-        Runs so far, and the live tokens in them.
+    arena : Arena
+        The memory that the graph was captured over; it runs over no other.
+    plain : bool
+        Whether it has no graph, and runs only once.
+    nbytes : int
+        Device bytes that the driver took for the graph, as far as it tells them.
+    steps, live, last_used : int
+        Runs so far, the live tokens in them, and which step over its memory was the last of them.
     """
 
-    __slots__ = ("_graph", "generation", "launch_on", "live", "padded", "sizes", "step", "steps")
+    __slots__ = (
+        "_graph", "arena", "last_used", "launch_on", "live", "nbytes", "padded", "plain", "sizes", "step", "steps",
+    )  # fmt: skip
 
-    def __init__(self, step: Step, sizes: tuple[int, ...], padded: tuple[int, ...], generation: int) -> None:
+    def __init__(self, step: Step, sizes: tuple[int, ...], padded: tuple[int, ...], arena: Any) -> None:
         self._graph: Any = None
         self.launch_on: Any = None
         self.step = step
         self.sizes = sizes
         self.padded = padded
-        self.generation = generation
-        self.steps = 0
-        self.live = 0
+        self.arena = arena
+        self.plain = False
+        self.nbytes = self.steps = self.live = self.last_used = 0
 
     @property
     def operands(self) -> list[Any]:
@@ -110,8 +117,11 @@ class CapturedStep(Shown):
 
 
 
-class Recording:
-    """Captures what is queued on a stream inside a ``with`` block into a `CapturedStep`.
+@contextlib.contextmanager
+def recorded(
+    stream: Any, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
+) -> Iterator[CapturedStep]:
+    """Capture what is queued on a stream inside a ``with`` block into `captured`, and give it.
 
     Parameters
     ----------
@@ -120,7 +130,7 @@ class Recording:
     fill
         Launches the fill on the stream it is given: the graph's first node.
     captured : CapturedStep
-        Gets the graph when the block ends well. Entering the block gives its step.
+        Gets the graph when the block ends well.
     dry : bool
         Drop what was recorded: the block compiles and loads its kernels, and nothing of it ever runs.
 
@@ -129,32 +139,19 @@ class Recording:
     CaptureError
         The driver refused the capture. What the block itself raises passes through, the capture given up.
     """
-
-    def __init__(
-        self, stream: Any, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
-    ) -> None:
-        self._capture = _cuda.Capture(stream, dry=dry)
-        self._dry = dry
-        self._stream = stream
-        self._fill = fill
-        self.captured = captured
-
-    def __enter__(self) -> Step:
-        self._capture.begin()
-        try:
-            self._fill(self._stream)
-        except BaseException:
-            self._capture.abort()
-            raise
-        return self.captured.step
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None and not self._dry:
-            self.captured.adopt(self._capture.end())
-            return
-        self._capture.abort()
-        if isinstance(error, Exception) and not isinstance(error, CaptureError) and _cuda.is_capture_error(error):
+    capture = _cuda.Capture(stream, dry=dry)
+    try:  # first: an interrupt that comes when the capture is begun finds the way to its end
+        capture.begin()
+        fill(stream)
+        yield captured
+        if not dry:
+            captured.adopt(capture.end())
+    except Exception as error:
+        if not isinstance(error, CaptureError) and _cuda.is_capture_error(error):
             raise CaptureError(
                 f"something in the captured function is forbidden in a capture: {error}. Allocate, compile (one plain "
                 "call), copy from pageable memory and synchronise before capturing"
             ) from error
+        raise
+    finally:
+        capture.abort()  # if it is open still

@@ -1,7 +1,7 @@
 """The zero-copy way to stage a step: a lease on one staging block, ended exactly once.
 
 Only an open lease can write a block, and it makes its arrays read-only when it ends, so that no caller writes a block
-that a queued fill may still read. Sits above `staging`, below `manager`.
+that a queued fill may still read. Sits above `ring`, below `shared`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import ClosedError
-from .overflow import check_each
 from .ring import Block
 from .slot import InputSlot
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "check_each"]
+
+
+def check_each(each: Any) -> None:
+    """Refuse what cannot be called after each piece."""
+    if not callable(each):
+        raise TypeError(f"each is {each!r}: give a function of (result, start, stop), or None")
 
 
 class Lease:

@@ -1,28 +1,31 @@
-"""What a manager does with a step that is larger than every captured one: the policies, and how "split" cuts a step.
+"""What becomes of a step that is larger than every captured one: the policies, and how "split" cuts a step.
 
 Cutting is pure: all pieces are checked before the first of them is queued, and none is made before its turn. Sits
-above `slot`, below `manager`, which runs what is cut here.
+above `shared`, below `program` and `fill`, whose lock its callers hold.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checks import outside
+from ..errors import BucketOverflowError, GraphMissingError
+from .arena import Arena
+from .graph import CapturedStep
+from .graphs import Graphs
+from .layout import Layout
+from .shared import Shared
 from .slot import InputSlot
 
-__all__ = ["POLICIES", "check_each", "cut", "uncut", "warn"]
+if TYPE_CHECKING:
+    from .program import Program
+
+__all__ = ["POLICIES", "Overflow", "cut", "uncut", "warn"]
 
 POLICIES = ("raise", "eager", "split")
 """Refuse the step; run fill and function without a graph; replay it in pieces along the tokens."""
-
-
-def check_each(each: object) -> None:
-    """Refuse what cannot be called after each piece."""
-    if not callable(each):
-        raise TypeError(f"each is {each!r}: give a function of (result, start, stop), or None")
 
 
 def uncut(slots: Sequence[InputSlot]) -> InputSlot | None:
@@ -95,4 +98,106 @@ def warn(axes: Sequence[str], live: Sequence[int]) -> None:
         "capture a bucket for it (further such steps are only counted, in stats().overflows)",
         RuntimeWarning,
         stacklevel=depth,
+    )
+
+
+class Overflow:
+    """What becomes of a step that no graph covers, after one of `POLICIES`.
+
+    Attributes
+    ----------
+    policy : str
+    count : int
+        Such steps that ran all the same.
+    """
+
+    def __init__(self, policy: str) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"overflow is {policy!r}; use one of {', '.join(POLICIES)}")
+        self.policy = policy
+        self.count = 0
+        self._warned = False
+
+    def run(
+        self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...], each: Any
+    ) -> Any:
+        """Run a step of `program` that none of its graphs covers, or raise."""
+        if not program.graphs:
+            raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
+        if self.policy != "raise":
+            arena.refuse_others(inputs)
+        if self.policy == "split" and _can_split(arena.layout, inputs, live):
+            return self._split(arena, program.graphs, inputs, live, each)
+        if self.policy == "eager":
+            return self._eager(shared, arena, program, inputs, live)
+        raise self._uncovered(arena.layout, program, inputs, live)
+
+    def submit(self, arena: Arena, graphs: Graphs, target: CapturedStep, live: tuple[int, ...]) -> None:
+        """Queue and count a step without a graph, and say so once. Its inputs are written, so they are good."""
+        if not self._warned:
+            self._warned = True
+            warn(arena.layout.axes, live)
+        arena.submit(target, live[0])
+        self.count += 1
+        graphs.retire(target)
+
+    def _eager(
+        self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...]
+    ) -> Any:
+        """Run fill and function without a graph."""
+        if program.function is None:
+            raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")
+        arena.layout.check(live)
+        target = shared.plain(arena, live)
+        arena.write_all(inputs, live, target.padded)
+        self.submit(arena, program.graphs, target, live)
+        return program.function(target.step)
+
+    def _split(self, arena: Arena, graphs: Graphs, inputs: Any, live: tuple[int, ...], each: Any) -> Any:
+        """Replay a step in pieces of the largest captured number of tokens; its slots follow tokens or nothing."""
+        pieces = cut(inputs, live[0], graphs.largest(0), arena.layout.slots)
+        self.count += 1
+        result = None
+        for start, stop, piece in pieces:
+            sizes = (stop - start,)
+            target = graphs.covering(sizes)
+            assert target is not None
+            arena.write(arena.ring.acquire(), piece, sizes, target.padded)
+            result = arena.submit(target, stop - start)
+            if each is not None:
+                each(result, start, stop)
+        return result
+
+    def _uncovered(self, layout: Layout, program: Program, inputs: Any, live: tuple[int, ...]) -> Exception:
+        """The error for a step that no captured graph covers; the policies that it names would run this very step."""
+        largest = [program.graphs.largest(axis) for axis in range(len(live))]
+        over = [axis for axis, size in enumerate(live) if size > largest[axis]]
+        ways = ["eager"] if layout.holds(live) and program.function is not None else []
+        if self.policy != "split" and _can_split(layout, inputs, live):
+            ways.append("split")
+        why, whole = "", uncut(layout.slots)
+        if self.policy == "split" and whole is not None:
+            follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis
+            why = (
+                f"; overflow='split' cuts along the tokens alone, and of slot {whole.name!r}, which follows {follows}, "
+                "every piece would get the whole"
+            )
+        if over:  # first what the slots cannot hold, for which no bucket helps
+            axis = max(over, key=lambda axis: (live[axis] > layout.limits[axis], axis))
+            return layout.too_large(axis, live[axis], largest[axis], ways, why)
+        offer = f", or make the manager with overflow={' or '.join(map(repr, ways))}" if ways else ""
+        return BucketOverflowError(
+            f"this step has {layout.named(live)}: there is a graph for each of these sizes, and none for all of them; "
+            f"capture this one, or a larger, as well{offer}{why}"
+        )
+
+
+def _can_split(layout: Layout, inputs: Any, live: tuple[int, ...]) -> bool:
+    """Whether "split" runs a step: no slot is left uncut, and the slots or an input bound its length."""
+    if uncut(layout.slots) is not None:
+        return False
+    if live[0] <= layout.limits[0]:
+        return True
+    return isinstance(inputs, Mapping) and any(
+        slot.axis is not None and inputs.get(slot.name) is not None for slot in layout.slots
     )

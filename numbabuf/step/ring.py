@@ -1,7 +1,7 @@
 """The staging ring: pinned blocks that the host writes in turn and the fill kernel reads in place.
 
 A block may be written again once its fill has read it, which the kernel itself reports (see `kernels.fill_slots`);
-depth alone guards nothing. The ring knows bytes and steps, not inputs or graphs. Sits above `slot`, below `graph`.
+depth alone guards nothing. The ring knows bytes and steps, not inputs or graphs. Sits above `layout`, below `arena`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ import numpy as np
 
 from .. import _cuda
 from .._cuda import kernels
-from .slot import InputSlot
+from .layout import ALIGNMENT, Layout
 
-__all__ = ["ALIGNMENT", "Block", "StagingRing", "align"]
-
-ALIGNMENT = 256
-"""Bytes on which blocks, and slots within the arena, begin: what the driver aligns its own allocations to."""
+__all__ = ["Block", "StagingRing"]
 
 _HALTED = 1 << 62  # a count of steps at which every block is taken, so that the hot path has no second question to ask
-
-
-def align(nbytes: int) -> int:
-    """Return `nbytes` rounded up to `ALIGNMENT`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _words_nbytes(slots: tuple[InputSlot, ...]) -> int:
-    """Bytes of a block's live words: a launch has a row of thread blocks even without a slot, which finds zeros."""
-    return max(1, len(slots)) * kernels.LIVE * kernels.WORD
 
 
 class Block:
@@ -49,12 +36,13 @@ class Block:
 
     __slots__ = ("padded", "staged", "words")
 
-    def __init__(self, memory: np.ndarray, offset: int, slots: tuple[InputSlot, ...]) -> None:
-        self.words = memoryview(memory[offset : offset + _words_nbytes(slots)]).cast("q")  # type: ignore[arg-type]
+    def __init__(self, memory: np.ndarray, offset: int, layout: Layout) -> None:
+        self.words = memoryview(memory[offset : offset + layout.words_bytes]).cast("q")  # type: ignore[arg-type]
         for at in range(len(self.words)):
             self.words[at] = 0
         self.staged = [
-            _cuda.host_view(memory, offset + slot.source_offset, (slot.max_live,), slot.source_dtype) for slot in slots
+            _cuda.host_view(memory, offset + source, (slot.max_live,), slot.source_dtype)
+            for slot, source in zip(layout.slots, layout.sources, strict=True)
         ]
         self.padded: tuple[int, ...] | None = None
 
@@ -65,9 +53,9 @@ class StagingRing:
     Parameters
     ----------
     memory : numpy.ndarray of uint8
-        Pinned memory of at least `nbytes(slots, depth)` bytes.
-    slots
-        The static slots; their `source_offset` is set by `nbytes`.
+        Pinned memory of at least `layout.ring_bytes(depth)` bytes.
+    layout
+        Where the slots lie in a block.
     depth
         Number of blocks, >= 1.
     stream : _cuda.Stream
@@ -78,27 +66,19 @@ class StagingRing:
     Threads: the owner holds a lock round `acquire` to `advance`.
     """
 
-    def __init__(self, memory: np.ndarray, slots: tuple[InputSlot, ...], depth: int, stream: Any) -> None:
+    def __init__(self, memory: np.ndarray, layout: Layout, depth: int, stream: Any) -> None:
         self.depth = depth
         self.step = 0
+        self.past = 0  # steps before the count was last reset
         self.waits = 0
         self._repair: Callable[[], None] | None = None
         self._stream = stream
         self._retired = memoryview(memory[: kernels.WORD]).cast("q")  # type: ignore[arg-type]
         self._retired[0] = 0
-        self.block_bytes = (self.nbytes(slots, depth) - ALIGNMENT) // depth
+        self.block_bytes = layout.block_bytes
         self.address = _cuda.address(memory) + ALIGNMENT
         self.retired_address = _cuda.address(memory)
-        self.blocks = [Block(memory, ALIGNMENT + i * self.block_bytes, slots) for i in range(depth)]
-
-    @staticmethod
-    def nbytes(slots: tuple[InputSlot, ...], depth: int) -> int:
-        """Lay the slots out in a block and return the bytes of the whole ring."""
-        offset = align(_words_nbytes(slots))
-        for slot in slots:
-            slot.source_offset = offset
-            offset += align(slot.max_live * slot.source_dtype.itemsize)
-        return ALIGNMENT + depth * offset
+        self.blocks = [Block(memory, ALIGNMENT + i * self.block_bytes, layout) for i in range(depth)]
 
     def acquire(self) -> Block:
         """Return the next block, once its last fill has read it.
@@ -153,6 +133,8 @@ class StagingRing:
         For an owner that cannot tell whether host and device count alike.
         """
         self._repair = repair
+        if self.step != _HALTED:
+            self.past += self.step
         self.step = _HALTED
 
     def reset(self) -> None:

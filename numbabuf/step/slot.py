@@ -70,8 +70,8 @@ class InputSlot(Shown):
 
     __slots__ = (
         "_pad_words", "_resolve", "_set", "axis", "axis_index", "capacity", "checked", "columns_word", "extra", "flat",
-        "index", "max_live", "name", "operation", "pad", "pad_mode", "position", "source_dtype", "source_offset",
-        "spec", "static", "target_offset", "unit", "width", "word",
+        "index", "max_live", "name", "operation", "pad", "pad_mode", "position", "source_dtype", "spec", "static",
+        "unit", "width", "word",
     )  # fmt: skip
 
     def __init__(
@@ -112,7 +112,6 @@ class InputSlot(Shown):
             raise ValueError(f"slot {name!r}: max_live is {max_live}; the slot holds 1 to {elements} elements")
         self.checked = range_check and self.operation == kernels.I64_I32
         self.position = self.word = self.columns_word = self.axis_index = -1
-        self.source_offset = self.target_offset = -1
         # Weak, so that a manager is in no reference cycle: what dies in one Numba destroys in whatever thread the
         # collector runs, context or none.
         self._resolve: weakref.WeakMethod[Callable[[InputSlot], Any]] | None = None
@@ -248,11 +247,11 @@ class InputSlot(Shown):
         """Return the slot's rows in a step of `sizes`, in the order of the axes."""
         return sizes[self.axis_index] + self.extra if self.axis_index >= 0 else self.capacity
 
-    def table_row(self, base: int) -> list[int]:
-        """The slot's row of the fill table, with the arena at address `base`."""
+    def table_row(self, source: int, target: int) -> list[int]:
+        """The slot's row of the fill table: from `source` bytes into a staging block to the address `target`."""
         row = [0] * kernels.ROW
-        row[kernels.SOURCE] = self.source_offset
-        row[kernels.TARGET] = base + self.target_offset
+        row[kernels.SOURCE] = source
+        row[kernels.TARGET] = target
         row[kernels.OPERATION] = self.operation
         row[kernels.SOURCE_ITEM] = self.source_dtype.itemsize // self.unit
         row[kernels.TARGET_ITEM] = self.spec.dtype.itemsize // self.unit

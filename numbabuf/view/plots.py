@@ -13,7 +13,7 @@ import numpy as np
 
 from ..demand.model import DemandModel, Forecast
 from ..pool.spec import Tier
-from ..pool.stats import ManagerStats
+from ..step.stats import ManagerStats
 from . import html
 from .timeline import occupancy
 

@@ -10,10 +10,12 @@ from functools import singledispatch
 from ..demand.model import DemandModel
 from ..pool.entry import BufferEntry
 from ..pool.pool import BufferPool
-from ..pool.stats import ManagerStats, PoolStats, PredictionStats, ScopeStats
+from ..pool.stats import PoolStats, PredictionStats, ScopeStats
 from ..step.graph import CapturedStep, Step
 from ..step.manager import InputBufferManager
+from ..step.program import Program
 from ..step.slot import InputSlot
+from ..step.stats import ManagerStats, ProgramStats
 from . import html
 
 __all__ = ["show"]
@@ -91,6 +93,18 @@ def _manager(manager: InputBufferManager) -> str:
     pending = manager.pending
     ring = "" if pending is None else html.squares(*pending, names=("staged", "free"))
     return html.card(repr(manager), html.table(["slot", "spec", "follows", "pad"], slots), ring, show(manager.stats()))
+
+
+@show.register
+def _program(program: Program) -> str:
+    rows = [(str(one.num_tokens), html.nbytes(one.nbytes), str(one.steps)) for one in program.captured]
+    return html.card(repr(program), html.table(["tokens", "bytes", "steps"], rows), show(program.stats()))
+
+
+@show.register
+def _program_stats(stats: ProgramStats) -> str:
+    tokens = {"live": stats.live_tokens, "padding": stats.padded_tokens - stats.live_tokens}
+    return html.card(f"ProgramStats: steps {stats.steps:,}", html.bar(tokens), html.fields(stats))
 
 
 @show.register

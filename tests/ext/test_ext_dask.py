@@ -122,7 +122,7 @@ def test_an_observer_from_before_goes_on_observing():
 
     def observed(pool):
         manager = InputBufferManager(pool, 1, CAPACITY)
-        manager.observer = seen.append
+        manager.observer = lambda size, program: seen.append(size)
         return manager
 
     held = _worker.Held(observed, SimpleBufferPool)

@@ -216,7 +216,7 @@ def test_a_history_of_prewarming_is_counted_as_it_was(seed):
                 warm[warmed] = size
                 present[size] = warmed
                 warmed += 1
-            served = {graph.sizes[0] for graph in manager._service} - {CAPACITY}
+            served = {one.num_tokens for one in manager.captured} - {CAPACITY}
             closed += len(present.keys() - served)
             present = {size: number for size, number in present.items() if size in served}
             found = manager.prediction()

@@ -67,7 +67,7 @@ def run(manager, sizes, seed=0):
 
 
 def in_service(manager):
-    return [graph.sizes[0] for graph in manager._service]
+    return [graph.sizes[0] for graph in manager._first.graphs]
 
 
 def test_the_plan_serves_what_was_recorded_and_always_the_largest(make):
@@ -344,7 +344,7 @@ def test_prewarming_ends_when_the_graphs_are_captured_anew_meanwhile(make):
     other = Doubler()
 
     def old(step):
-        manager._function = other  # as capture_buckets of another thread does
+        manager._first.function = other  # as capture_buckets of another thread does
         return fn(step)
 
     assert len(manager.prewarm(old)) == 1
@@ -393,7 +393,7 @@ def test_a_captured_function_may_ask_and_stop_its_own_thread(make):
         asked.set()
         return fn(step)
 
-    manager._function = curious
+    manager._first.function = curious
     manager.start(1e-3)
     (worker,) = [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
     assert asked.wait(60)
@@ -413,12 +413,14 @@ def test_a_fork_leaves_no_lock_taken(make):
     other = threading.Thread(target=hold)
     other.start()
     assert held.wait(60)
+    arena = manager._shared.arena
     manager._disown()  # what the manager's fork hook calls
     try:
         assert manager.closed
         assert manager._learning.acquire(blocking=False)
     finally:
-        manager.closed = False  # no child after all: its memory is still to be given back
+        # No child after all: its memory is still to be given back.
+        manager._shared.closed, manager._shared.arena, manager._own_pool = "", arena, True
         go.set()
         other.join()
 
@@ -464,7 +466,7 @@ def test_what_is_not_yet_closed_still_counts_and_one_at_a_time_makes_room(make, 
     for size in [100, 120, 160] * 1000:
         manager.record_usage(size)
     with monkeypatch.context() as patch:
-        patch.setattr(manager._service, "reap", lambda: None)  # the last replays are not done yet
+        patch.setattr(manager._first.graphs, "reap", lambda: None)  # the last replays are not done yet
         assert manager.prewarm() == () and len(in_service(manager)) == 2
         assert manager.prediction().graph_bytes == 200
         assert manager.prewarm() == () and len(in_service(manager)) == 2
@@ -488,13 +490,13 @@ def test_the_least_missed_graph_makes_room_first(make, graphs_take, monkeypatch)
     for size in [8] * 30 + [50] * 3:
         manager._demand.observe(size)
     plan(50)
-    dropped, exchange = [], manager._service.exchange
+    dropped, exchange = [], manager._first.graphs.exchange
 
     def spy(old, new):
         dropped.extend((graph.sizes[0], len(fn.sizes)) for graph in old if not new)
         exchange(old, new)
 
-    monkeypatch.setattr(manager._service, "exchange", spy)
+    monkeypatch.setattr(manager._first.graphs, "exchange", spy)
     before = len(fn.sizes)
     captured = manager.prewarm()
     if not captured:  # the device had not said yet that the last replay of what made room is done
@@ -540,7 +542,7 @@ def test_the_first_graph_keeps_to_the_budget_too_and_is_tried_once_a_plan(make, 
     assert manager.prewarm() == () and manager.prewarm() == ()
     score = manager.prediction()
     assert (score.failures, score.warmed, score.graph_bytes) == (1, 0, 0) and in_service(manager) == [CAPACITY]
-    assert manager._service.leaving == [], "it is closed"
+    assert manager._first.graphs.leaving == [], "it is closed"
     run(manager, [3, 5, 40])
     for size in [100, 120] * 300:
         manager.record_usage(size)
@@ -580,7 +582,7 @@ def test_graphs_of_other_axes_count_and_stay(make):
     for size in [3, 5, 40] * 40:
         manager.record_usage(size)
     assert manager.prewarm() == (CAPACITY,), "the largest must be there"
-    assert [graph.sizes for graph in manager._service] == [(64, 2), (64, 4), (CAPACITY, 8)]
+    assert [graph.sizes for graph in manager._first.graphs] == [(64, 2), (64, 4), (CAPACITY, 8)]
     assert manager.prewarm() == ()
 
 
@@ -630,13 +632,13 @@ def test_a_captured_function_may_stop_the_thread_that_waits_for_it(make):
     manager, fn = make(), Doubler()
     manager.capture_buckets(fn)
     run(manager, [3, 5, 40] * 40)
-    manager._lock = Watched(manager._lock)
+    manager._shared.lock = Watched(manager._shared.lock)
     done, errors = [], []
 
     def stopping(step):
         if not done:
             manager.start(1e-3)
-            assert manager._lock.wanted.wait(60)
+            assert manager._shared.lock.wanted.wait(60)
             with pytest.raises(BusyError, match="learns or prewarms"):
                 manager.prediction()
             manager.stop()
@@ -645,7 +647,7 @@ def test_a_captured_function_may_stop_the_thread_that_waits_for_it(make):
 
     def capture():
         try:
-            manager._lock._owner = threading.get_ident()
+            manager._shared.lock._owner = threading.get_ident()
             manager.capture_buckets(stopping, [8, CAPACITY])
         except BaseException as error:
             errors.append(error)

@@ -273,7 +273,7 @@ def test_a_manager_is_refused_or_works(sizes, ring, buckets, overflow, pool, str
             _, error = attempt(m.stage_inputs, {}, 0)
             if error is not None:
                 m.release_all()
-                assert m._pool.stats().in_use_bytes == 0, error
+                assert m._shared.pool.stats().in_use_bytes == 0, error
 
 
 @given(
@@ -296,12 +296,13 @@ def test_a_manager_is_refused_or_works(sizes, ring, buckets, overflow, pool, str
 def test_a_slot_is_refused_or_works(name, spec, pad, index, source_dtype, axis, max_live):
     with InputBufferManager(max_batch_size=2, max_seq_len=4) as m:
         m.stage_inputs({"input_ids": [1, 2]}, 2)
-        before = m.slots, m._axes, m._generation, m.stats()
+        before = m.slots, m.layout, m._shared.arena, m.stats()
         options = {"pad": pad, "index": index, "source_dtype": source_dtype, "axis": axis, "max_live": max_live}
         slot, error = attempt(m.register_slot, name, spec, **options)
         if error is not None:
-            assert (m.slots, m._axes, m._generation, m.stats()) == before, error
-        m.stage_inputs({"input_ids": [3]}, 1, **dict.fromkeys(m._axes[1:], 0))  # no slot spoils the steps of the others
+            assert (m.slots, m.layout, m._shared.arena, m.stats()) == before, error
+        further = dict.fromkeys(m.layout.axes[1:], 0)
+        m.stage_inputs({"input_ids": [3]}, 1, **further)  # no slot spoils the steps of the others
         if slot is not None:
             assert m.get_slot(name) is slot and slot.array.shape == slot.spec.shape
         m.check()
@@ -374,14 +375,14 @@ def expected(slot, data, tokens, bucket):
 def test_a_step_is_refused_or_right(manager, inputs, tokens, how, fit, more):
     if fit and isinstance(inputs, dict) and inputs:  # else good steps would be rare
         tokens = len(data) if np.ndim(data := next(iter(inputs.values()))) else tokens
-    before = kit.contents(manager), manager.stats(), manager._ring.step
+    before = kit.contents(manager), manager.stats(), manager._shared.arena.ring.step
     _, error = attempt(getattr(manager, how), inputs, tokens, **more)
     manager.check()
     after = kit.contents(manager)
     if error is not None:
         for name, held in before[0].items():
             assert held.tobytes() == after[name].tobytes(), (error, name)
-        assert (manager.stats(), manager._ring.step) == before[1:], error
+        assert (manager.stats(), manager._shared.arena.ring.step) == before[1:], error
         return
     bucket = 4 if tokens <= 4 else 8
     for slot in manager.slots:
@@ -412,7 +413,7 @@ def test_set_data_is_refused_or_right(manager, data, name):
 @example("capture_buckets", None, {})
 @example("capture_buckets", 3, {})
 def test_other_calls_of_a_manager_with_nonsense_change_nothing(manager, call, thing, more):
-    before = kit.contents(manager), manager.stats(), list(manager._service), manager.slots
+    before = kit.contents(manager), manager.stats(), manager.captured, manager.slots
 
     def run():
         if call in ("stage", "capture"):
@@ -430,7 +431,7 @@ def test_other_calls_of_a_manager_with_nonsense_change_nothing(manager, call, th
     manager.check()
     after = kit.contents(manager)
     assert all(held.tobytes() == after[name].tobytes() for name, held in before[0].items()), error
-    assert (manager.stats(), list(manager._service), manager.slots) == before[1:], error
+    assert (manager.stats(), manager.captured, manager.slots) == before[1:], error
 
 
 @given(
@@ -461,15 +462,15 @@ def public(thing):
 ARGUMENTS = {
     "allocate": (BufferSpec(4),), "reserve": ([BufferSpec(4)],), "trim": (0,), "register_slot": ("late", BufferSpec(4)),
     "stage_inputs": ({}, 0), "replay": ({}, 0), "stage": (0,), "capture_buckets": (lambda step: None,),
-    "get_slot": ("input_ids",), "record_usage": (3,), "plan_buckets": (2,), "promote": ([],), "demote": ([],),
-    "prefetch": ([],), "unfix": ([],),
+    "program": (lambda step: None,), "get_slot": ("input_ids",), "record_usage": (3,), "plan_buckets": (2,),
+    "promote": ([],), "demote": ([],), "prefetch": ([],), "unfix": ([],),
 }  # fmt: skip
 REFUSED = {
     "manager": {"stage_inputs", "replay", "stage", "capture", "capture_buckets", "register_slot", "get_static_tensors"},
     "pool": {"allocate", "reserve"},
     "hierarchy": {"allocate", "reserve", "use", "promote", "demote", "prefetch"},
 }
-NEEDS_MORE = {"release", "adopt", "demand", "tier_of"}
+NEEDS_MORE = {"observer", "refusal_observer", "release", "adopt", "demand", "tier_of"}
 
 
 def made(which):
@@ -517,7 +518,7 @@ def test_each_call_may_come_from_a_thread_that_never_called_the_driver(which):
         for name in public(thing):
             if name in NEEDS_MORE or name in ("close", "start", "stop", "events"):
                 continue
-            if which == "manager" and not thing._service:
+            if which == "manager" and not thing.captured:
                 thing.capture_buckets(lambda step: None, [1, 4])
             failures = []
 
@@ -624,10 +625,10 @@ def test_a_manager_does_on_no_other_device_what_a_stream_cannot_carry(elsewhere)
     with InputBufferManager(max_batch_size=1, max_seq_len=16, buckets=[4, 8, 16]) as m:
         with elsewhere(), pytest.raises(BackendError, match="device 1 is current"):
             m.stage_inputs({"input_ids": [1]}, 1)
-        assert m._pool.stats().allocations == 0
+        assert m._shared.pool.stats().allocations == 0
         m.stage_inputs({"input_ids": [1]}, 1)
         m.capture_buckets(lambda step: step.bucket, [4])
-        before = kit.contents(m), m.stats(), m._ring.step
+        before = kit.contents(m), m.stats(), m._shared.arena.ring.step
 
         def capture():
             with m.capture(8):
@@ -642,7 +643,7 @@ def test_a_manager_does_on_no_other_device_what_a_stream_cannot_carry(elsewhere)
             for name, call in refused.items():
                 with pytest.raises(BackendError, match="device 1 is current"):
                     call()
-                after = kit.contents(m), m.stats(), m._ring.step
+                after = kit.contents(m), m.stats(), m._shared.arena.ring.step
                 assert before[1:] == after[1:], name
                 assert all((before[0][slot] == after[0][slot]).all() for slot in before[0]), name
             assert m.replay({"input_ids": [7, 8]}, 2) == {"tokens": 4}  # one launch, on the manager's stream
@@ -670,7 +671,7 @@ def test_objects_of_two_devices_side_by_side():
         second = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8])
     with cuda.gpus[0]:
         first = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8])
-        third = InputBufferManager(first._pool, max_batch_size=1, max_seq_len=8, buckets=[8], stream=stream)
+        third = InputBufferManager(first._shared.pool, max_batch_size=1, max_seq_len=8, buckets=[8], stream=stream)
         first.stage_inputs({"input_ids": [1]}, 1)
         with pytest.raises(BackendError, match="is on device 1, and device 0 is current"):
             second.stage_inputs({}, 0)

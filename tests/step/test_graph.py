@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from numbabuf import CaptureError, _cuda
-from numbabuf.step.graph import CapturedStep, Recording, Step
+from numbabuf.step.graph import CapturedStep, Step, recorded
 
 
 @pytest.fixture
@@ -27,15 +27,15 @@ def counter(stream):
 
 
 def new_step(stream):
-    return CapturedStep(Step(stream.numba, {"tokens": 8}, {"x": "view of x"}), (8,), (8,), 1)
+    return CapturedStep(Step(stream.numba, {"tokens": 8}, {"x": "view of x"}), (8,), (8,), None)
 
 
 def record(stream, counter):
     """A graph that counts once as its fill, and once as its body."""
-    recording = Recording(stream, lambda on: kit.run(kit.count_up, on.numba, counter), new_step(stream))
-    with recording as step:
-        kit.run(kit.count_up, step.stream, counter)
-    return recording.captured
+    recording = recorded(stream, lambda on: kit.run(kit.count_up, on.numba, counter), new_step(stream))
+    with recording as captured:
+        kit.run(kit.count_up, captured.step.stream, counter)
+    return captured
 
 
 def value(counter, stream):
@@ -72,11 +72,11 @@ def test_a_graph_can_be_replayed_on_another_stream(stream, counter):
 
 
 def test_an_exception_gives_the_capture_up(stream, counter):
-    recording = Recording(stream, lambda on: None, new_step(stream))
-    with pytest.raises(ZeroDivisionError), recording as step:
-        kit.run(kit.count_up, step.stream, counter)
+    recording = recorded(stream, lambda on: None, new_step(stream))
+    with pytest.raises(ZeroDivisionError), recording as captured:
+        kit.run(kit.count_up, captured.step.stream, counter)
         raise ZeroDivisionError
-    assert not _cuda.capturing() and recording.captured.launch_on is None
+    assert not _cuda.capturing() and captured.launch_on is None
     kit.run(kit.count_up, stream.numba, counter)
     assert value(counter, stream) == 1, "the stream is usable"
     record(stream, counter).launch_on(stream.core)
@@ -87,7 +87,7 @@ def test_a_fill_that_raises_leaves_no_capture_open(stream, counter):
     def fill(on):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), Recording(stream, fill, new_step(stream)):
+    with pytest.raises(ZeroDivisionError), recorded(stream, fill, new_step(stream)):
         raise AssertionError("not reached")
     assert not _cuda.capturing()
     assert record(stream, counter).launch_on is not None
@@ -95,11 +95,11 @@ def test_a_fill_that_raises_leaves_no_capture_open(stream, counter):
 
 def test_a_thread_has_one_capture_at_a_time(stream, counter):
     other = _cuda.as_stream(None)
-    with Recording(stream, lambda on: None, new_step(stream)) as step:
-        with pytest.raises(CaptureError, match="already"), Recording(other, lambda on: None, new_step(other)):
+    with recorded(stream, lambda on: None, new_step(stream)) as captured:
+        with pytest.raises(CaptureError, match="already"), recorded(other, lambda on: None, new_step(other)):
             raise AssertionError("not reached")
         assert _cuda.capturing()
-        kit.run(kit.count_up, step.stream, counter)
+        kit.run(kit.count_up, captured.step.stream, counter)
     assert not _cuda.capturing()
 
 
@@ -108,17 +108,17 @@ def test_operands_live_as_long_as_the_graph(stream):
     weights = kit.to_device(np.array([2, 1]), stream)
     kit.run(kit.affine, stream.numba, source, weights, out)
     stream.synchronize()
-    recording = Recording(stream, lambda on: None, new_step(stream))
-    with recording as step:
-        kit.run(kit.affine, step.stream, source, weights, out)
-        out.copy_to_device(source, stream=step.stream)
+    recording = recorded(stream, lambda on: None, new_step(stream))
+    with recording as captured:
+        kit.run(kit.affine, captured.step.stream, source, weights, out)
+        out.copy_to_device(source, stream=captured.step.stream)
     watched = [weakref.ref(array) for array in (source, weights, out)]
     del source, weights, out
     kit.collect()
     assert all(ref() is not None for ref in watched)
-    recording.captured.launch_on(stream.core)
+    captured.launch_on(stream.core)
     assert kit.to_host(watched[2](), stream.numba).tolist() == [0, 1, 2, 3]
-    recording.captured.close()
+    captured.close()
     kit.collect()
     assert [ref() for ref in watched] == [None] * 3
 
@@ -138,14 +138,15 @@ def test_a_dropped_graph_lets_its_operands_go(stream):
 
 
 def test_host_arrays_are_refused_in_a_capture(stream, counter):
-    with pytest.raises(Exception, match="NumPy|stream"), Recording(stream, lambda on: None, new_step(stream)) as step:
-        kit.run(kit.count_up, step.stream, np.zeros(1, np.int64))
+    refused = pytest.raises(Exception, match="NumPy|stream")
+    with refused, recorded(stream, lambda on: None, new_step(stream)) as captured:
+        kit.run(kit.count_up, captured.step.stream, np.zeros(1, np.int64))
     assert not _cuda.capturing()
     with (
         pytest.raises(CaptureError, match="pinned array"),
-        Recording(stream, lambda on: None, new_step(stream)) as step,
+        recorded(stream, lambda on: None, new_step(stream)) as captured,
     ):
-        counter.copy_to_host(stream=step.stream)
+        counter.copy_to_host(stream=captured.step.stream)
     assert not _cuda.capturing()
     kit.run(kit.count_up, stream.numba, counter)
     assert value(counter, stream) == 1
@@ -160,13 +161,13 @@ def test_launches_of_other_threads_are_not_captured(stream, counter):
         other.synchronize()
 
     thread = threading.Thread(target=work)
-    recording = Recording(stream, lambda on: None, new_step(stream))
-    with recording as step:
+    recording = recorded(stream, lambda on: None, new_step(stream))
+    with recording as captured:
         thread.start()
         thread.join()
-        kit.run(kit.count_up, step.stream, counter)
+        kit.run(kit.count_up, captured.step.stream, counter)
     assert value(counter, stream) == 1, "it ran at once"
-    recording.captured.launch_on(stream.core)
+    captured.launch_on(stream.core)
     assert value(counter, stream) == 2
 
 
@@ -182,6 +183,6 @@ def test_launches_are_as_numba_made_them_after_the_capture(stream, counter):
         name = "call"
     before = getattr(Kernel, name)
     record(stream, counter)
-    with pytest.raises(ZeroDivisionError), Recording(stream, lambda on: None, new_step(stream)):
+    with pytest.raises(ZeroDivisionError), recorded(stream, lambda on: None, new_step(stream)):
         raise ZeroDivisionError
     assert getattr(Kernel, name) is before

@@ -258,7 +258,7 @@ def test_capture_by_hand(manager):
 def test_a_failed_capture_changes_nothing(manager):
     pipeline = Pipeline("input_ids", 32)
     manager.capture_buckets(pipeline, [8, 16])
-    before = list(manager._service)
+    before = manager.captured
 
     def breaks(step):
         if _cuda.capturing() and step.bucket["tokens"] == 8:
@@ -268,7 +268,7 @@ def test_a_failed_capture_changes_nothing(manager):
         manager.capture_buckets(breaks, [8, 32])
     with pytest.raises(ZeroDivisionError), manager.capture(8):
         raise ZeroDivisionError
-    assert list(manager._service) == before and not _cuda.capturing()
+    assert manager.captured == before and not _cuda.capturing()
     at = int(kit.to_host(pipeline.row, manager.stream)[0])
     manager.replay({"input_ids": np.arange(3)}, 3)
     assert kit.to_host(pipeline.log, manager.stream)[at, :8].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
@@ -277,12 +277,24 @@ def test_a_failed_capture_changes_nothing(manager):
     manager.check()
 
 
-def test_recapture_replaces(manager):
+def test_another_function_replaces_all_graphs_at_once(manager):
+    """Were some of the old ones to stay, it would depend on a step's size which of the functions runs."""
     manager.capture_buckets(lambda step: "old")
     assert manager.replay({}, 1) == "old"
-    manager.capture_buckets(lambda step: "new", [8])
-    assert manager.replay({}, 1) == "new" and manager.replay({}, 9) == "old"
-    assert manager.stats().graphs == 3 and manager.stats().steps == 3
+    before = manager.captured
+    with pytest.raises(ZeroDivisionError):
+        manager.capture_buckets(lambda step: 1 // (step.bucket["tokens"] - 8), [8, 16])
+    assert manager.captured == before and manager.replay({}, 9) == "old", "never by halves"
+
+    def new(step):
+        return "new"
+
+    manager.capture_buckets(new, [8])
+    assert [one.num_tokens for one in manager.captured] == [8]
+    manager.capture_buckets(new, [16])
+    assert [one.num_tokens for one in manager.captured] == [8, 16], "the same function adds sizes"
+    assert manager.replay({}, 1) == "new" and manager.replay({}, 9) == "new"
+    assert manager.stats().graphs == 2 and manager.stats().steps == 4
 
 
 # --------------------------------------------------------------------------------------------- what a capture forbids
@@ -332,7 +344,8 @@ def test_a_new_manager_has_no_memory_inside_a_capture(manager):
 def snapshot(m):
     m.synchronize()
     m.check()
-    return kit.contents(m), m.stats(), m._ring.step, m._ring.pending, m._generation, list(m._service)
+    arena = m._shared.arena
+    return kit.contents(m), m.stats(), arena.ring.step, arena.ring.pending, arena, m.captured
 
 
 def assert_unchanged(m, before):
@@ -667,7 +680,7 @@ def test_a_graph_keeps_its_operands_alive(manager):
         return out
 
     manager.capture_buckets(fn, [8])
-    manager._function = None  # the function itself holds the arrays, too
+    manager._first.function = None  # the function itself holds the arrays, too
     del fn, weights, out
     kit.collect()
     assert all(ref() is not None for ref in watched)
@@ -808,7 +821,7 @@ def lived(*, close):
         lease["input_ids"][:] = 1
     m.get_slot("positions").set_data([1])
     m.check()
-    watched = [weakref.ref(part) for part in (m, m._arena, m._service)]
+    watched = [weakref.ref(part) for part in (m, m._shared.arena, m._first)]
     if close:
         m.close()
     return watched, m.slots
@@ -866,7 +879,7 @@ def test_names(manager):
 
 
 def test_an_observer_that_fails_costs_no_step(manager, caplog):
-    def observer(size):
+    def observer(size, program):
         raise ZeroDivisionError("mine")
 
     manager.observer = observer
@@ -880,7 +893,7 @@ def test_an_observer_that_fails_costs_no_step(manager, caplog):
 
 def test_the_observer_hears_every_step(manager):
     heard = []
-    manager.observer = heard.append
+    manager.observer = lambda size, program: heard.append(size)
     manager.capture_buckets(lambda step: None, [8, 32])
     manager.replay({}, 3)
     manager.stage_inputs({}, 4)
@@ -1034,10 +1047,16 @@ def test_an_interrupt_right_after_the_launch(manager, monkeypatch, request, step
     manager.stage_inputs({}, 0)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a run with SIGINT ignored has another
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    graphs = [graph for table in manager._shared.tables for graph in table]
+    launches = [graph.launch_on for graph in graphs]
+    for graph, launch in zip(graphs, launches, strict=True):
+        graph.launch_on = lambda core, launch=launch: (launch(core), signal.raise_signal(signal.SIGINT))
     with monkeypatch.context() as patch:
         patch.setattr(staging.StagingRing, "advance", lambda ring: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             step(manager)
+    for graph, launch in zip(graphs, launches, strict=True):
+        graph.launch_on = launch
     manager.check()
     manager.replay({"input_ids": ids(5)}, 5)
     assert kit.contents(manager)["input_ids"][:8].tolist() == [*ids(5).tolist(), 0, 0, 0]
@@ -1094,7 +1113,7 @@ manager.capture_buckets(lambda step: None)
 manager.replay({}, 1)
 held, done = threading.Event(), threading.Event()
 def hold():
-    with manager._lock, manager._capturing:
+    with manager._shared.capturing.held(), manager._shared.lock:
         held.set()
         done.wait(60)
 thread = threading.Thread(target=hold)

@@ -29,6 +29,10 @@ KINDS = {  # name: spec, options, element type of the inputs
 FIRST = ("ids", "short", "half", "kept", "starts", "table")
 
 
+FUNCTIONS = [lambda step: tuple(step.bucket.values()), lambda step: (*step.bucket.values(),)]
+"""Two functions that do the same: one after the other replaces all graphs, one after itself adds to them."""
+
+
 class Machine(RuleBasedStateMachine):
     """A manager over a pool of its own, and the model of its slots."""
 
@@ -42,7 +46,7 @@ class Machine(RuleBasedStateMachine):
         for name in FIRST:
             self.register(name)
         self.twin = twins.Slots(self.manager)
-        self.captured = set()
+        self.captured, self.function = set(), None
         self.addresses = None
         self.steps = 0
 
@@ -126,11 +130,12 @@ class Machine(RuleBasedStateMachine):
             step.result = size
         self.captured.add(size)
 
-    @rule(sizes=st.sets(st.sampled_from([(2, 1), (5, 4), (16, 4)]), min_size=1))
-    def capture_buckets(self, sizes):
+    @rule(sizes=st.sets(st.sampled_from([(2, 1), (5, 4), (16, 4)]), min_size=1), fn=st.sampled_from(FUNCTIONS))
+    def capture_buckets(self, sizes, fn):
         wanted = [{"tokens": tokens, "seqs": seqs} for tokens, seqs in sizes]
-        self.manager.capture_buckets(lambda step: tuple(step.bucket.values()), wanted)
-        self.captured |= sizes
+        self.manager.capture_buckets(fn, wanted)
+        self.captured = sizes | self.captured if fn is self.function else sizes
+        self.function = fn
 
     @rule(size=st.sampled_from([(5, 4), (16, 1)]))
     def capture_that_fails(self, size):
@@ -140,7 +145,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def close_graphs(self):
         self.manager.close_graphs()
-        self.captured = set()
+        self.captured, self.function = set(), None
 
     # ----------------------------------------------------------------------------------------------------------- memory
 
@@ -162,7 +167,7 @@ class Machine(RuleBasedStateMachine):
         self.manager.release_all()
         assert self.pool.stats().in_use_count == 0
         self.twin = twins.Slots(self.manager)
-        self.captured, self.addresses = set(), None
+        self.captured, self.addresses, self.function = set(), None, None
 
     # ------------------------------------------------------------------------------------------------------- invariants
 

@@ -83,7 +83,7 @@ def test_axes(axis, parsed):
 )  # fmt: skip
 def test_the_pad_pattern_is_the_pad_over_and_over(dtype, pad):
     slot = make(BufferSpec(8, dtype), pad=pad)
-    row = slot.table_row(0)
+    row = slot.table_row(0, 0)
     pattern = np.array(row[kernels.PAD_LOW : kernels.PAD_HIGH + 1], np.int64).tobytes()
     itemsize = slot.spec.dtype.itemsize
     assert pattern == np.asarray(pad).astype(slot.spec.dtype).tobytes() * (16 // itemsize)

@@ -6,7 +6,8 @@ import pytest
 
 from numbabuf import BufferSpec, InputBufferManager, _cuda
 from numbabuf._cuda import kernels
-from numbabuf.step.ring import ALIGNMENT, StagingRing, align
+from numbabuf.step.layout import ALIGNMENT, Layout, align
+from numbabuf.step.ring import StagingRing
 from numbabuf.step.slot import InputSlot
 
 
@@ -32,10 +33,10 @@ def make(specs, depth=2, stream=None):
                          axis="tokens", max_live=max_live, range_check=True)  # fmt: skip
         slot.position = position
         slots.append(slot)
-    slots = tuple(slots)
-    memory = np.full(StagingRing.nbytes(slots, depth) + ALIGNMENT, 0xEE, np.uint8)
+    layout = Layout.of(slots, {}, 64)
+    memory = np.full(layout.ring_bytes(depth) + ALIGNMENT, 0xEE, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT  # as the driver would align it
-    return StagingRing(memory[start:][: StagingRing.nbytes(slots, depth)], slots, depth, stream), slots
+    return StagingRing(memory[start:][: layout.ring_bytes(depth)], layout, depth, stream), layout
 
 
 @pytest.mark.parametrize("nbytes, rounded", [(0, 0), (1, 256), (256, 256), (257, 512)])
@@ -45,17 +46,17 @@ def test_align(nbytes, rounded):
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_nothing_in_the_ring_overlaps(depth):
-    ring, slots = make(
+    ring, layout = make(
         [((7, "int32"), "int64", None), (((3, 5), "float32"), None, 4), ((9, "uint8"), None, None)], depth
     )
     spans = [(ring.retired_address, ring.retired_address + 8)]
     for number, block in enumerate(ring.blocks):
         words = np.asarray(block.words)
         assert words.ctypes.data == ring.address + number * ring.block_bytes, "where the kernel looks for them"
-        assert words.size == len(slots) * kernels.LIVE and not words.any()
+        assert words.size == len(layout.slots) * kernels.LIVE and not words.any()
         spans.append((words.ctypes.data, words.ctypes.data + words.nbytes))
-        for slot, staged in zip(slots, block.staged, strict=True):
-            assert staged.ctypes.data == ring.address + number * ring.block_bytes + slot.source_offset
+        for slot, source, staged in zip(layout.slots, layout.sources, block.staged, strict=True):
+            assert staged.ctypes.data == ring.address + number * ring.block_bytes + source
             assert staged.dtype == slot.source_dtype and staged.shape == (slot.max_live,)
             assert staged.ctypes.data % ALIGNMENT == 0
             spans.append((staged.ctypes.data, staged.ctypes.data + staged.nbytes))

@@ -93,7 +93,7 @@ def test_a_manager_shows_slots_ring_and_padding(manager):
 
 def test_the_parts_of_a_manager_show_themselves(manager):
     assert "follows tokens" in words(kit.html(manager.get_slot("positions")))
-    (small, large) = manager._service
+    (small, large) = manager._first.graphs
     assert "live tokens 6 padding 2" in words(kit.html(small))
     assert "positions 16 int64" in words(kit.html(large.step))
     assert "most: 3 (2)" in words(kit.html(manager.demand))

@@ -7,7 +7,8 @@ import pytest
 
 from numbabuf import BufferSpec, SimpleBufferPool, Tier
 from numbabuf.demand.model import DemandModel, Forecast
-from numbabuf.pool.stats import EVENT_DTYPE, ManagerStats
+from numbabuf.pool.stats import EVENT_DTYPE
+from numbabuf.step.stats import ManagerStats
 from numbabuf.view import plots
 
 

@@ -1,24 +1,23 @@
-"""The graphs in service: which one serves a step, how one leaves, and what those that are gone have counted.
+"""Graphs by size: which of them covers a step, how one leaves, and what those that are gone have counted.
 
-A graph leaves service at once but is destroyed later, when the replays queued before are done. Knows graphs and their
-sizes, no slots and no memory. Sits above `graph`, below `manager`, whose lock its callers hold.
+A graph is out of the table at once but destroyed later, when the replays queued before are done. Knows graphs and their
+sizes, no slots and no memory. Sits above `graph`, below `program` and `fill`, whose lock its callers hold.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from .. import _cuda
-from ..errors import GraphMissingError
 from .graph import CapturedStep
 
-__all__ = ["Service"]
+__all__ = ["Graphs"]
 
 
-class Service:
-    """The captured steps that `replay` chooses from, in the order of their sizes, tokens first.
+class Graphs:
+    """The captured steps of one function, or of the fill alone, in the order of their sizes, tokens first.
 
     Parameters
     ----------
@@ -28,13 +27,14 @@ class Service:
     Attributes
     ----------
     leaving : list of (event, CapturedStep)
-        The graphs taken out of service, each with the event after its last replay.
+        The graphs taken out of the table, each with the event after its last replay.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self._graphs: list[CapturedStep] = []
         self._tokens: list[int] = []  # of each of them
+        self._by_sizes: dict[tuple[int, ...], CapturedStep] = {}
         self.leaving: list[tuple[Any, CapturedStep]] = []
         self._past: dict[int, list[int]] = {}  # tokens of a bucket -> [steps, live] of graphs that are gone
 
@@ -45,13 +45,7 @@ class Service:
         return len(self._graphs)
 
     def covering(self, live: tuple[int, ...]) -> CapturedStep | None:
-        """Return the graph of fewest tokens that covers `live`, if there is one.
-
-        Raises
-        ------
-        GraphMissingError
-            There is no graph at all.
-        """
+        """Return the graph of fewest tokens that covers `live`, if there is one."""
         # Hot path, guarded by benchmarks/step.py.
         graphs = self._graphs
         at = bisect_left(self._tokens, live[0])
@@ -62,21 +56,23 @@ class Service:
             for graph in graphs[at:]:
                 if all(size >= wanted for size, wanted in zip(graph.sizes, live, strict=True)):
                     return graph
-        if not graphs:
-            raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
         return None
+
+    def exact(self, sizes: tuple[int, ...]) -> CapturedStep | None:
+        """Return the graph of these very sizes, if there is one."""
+        return self._by_sizes.get(sizes)
 
     def largest(self, axis: int, rest: tuple[int, ...] = ()) -> int:
         """Return the largest size of `axis` among the graphs that cover `rest`, the sizes past the tokens."""
         return max(g.sizes[axis] for g in self._graphs if all(a >= b for a, b in zip(g.sizes[1:], rest, strict=False)))
 
     def adopt(self, new: list[CapturedStep]) -> None:
-        """Put new graphs in service, in place of those of the same sizes."""
+        """Put new graphs into the table, in place of those of the same sizes."""
         sizes = {graph.sizes for graph in new}
         self.exchange([graph for graph in self._graphs if graph.sizes in sizes], new)
 
     def exchange(self, old: list[CapturedStep], new: list[CapturedStep]) -> None:
-        """Take graphs out of service and put others in, all at once or, on an error of the driver, none.
+        """Take graphs out of the table and put others in, all at once or, on an error of the driver, none.
 
         An old graph is closed once the steps queued so far, its replays among them, are done.
         """
@@ -87,15 +83,16 @@ class Service:
             leaving = leaving + [(event, graph) for graph in old]
         kept = [graph for graph in self._graphs if graph not in old]
         graphs = sorted(kept + new, key=lambda graph: graph.sizes)
-        self._serve(graphs, [graph.sizes[0] for graph in graphs], leaving)
+        self._serve(graphs, leaving)
         self.reap()
 
-    def _serve(self, graphs: list[CapturedStep], tokens: list[int], leaving: list[tuple[Any, CapturedStep]]) -> None:
-        """Change all three, with nothing between that an interrupt could come after."""
-        self._graphs, self._tokens, self.leaving = graphs, tokens, leaving
+    def _serve(self, graphs: list[CapturedStep], leaving: list[tuple[Any, CapturedStep]]) -> None:
+        """Change all four, with nothing between that an interrupt could come after."""
+        tokens, by_sizes = [graph.sizes[0] for graph in graphs], {graph.sizes: graph for graph in graphs}
+        self._graphs, self._tokens, self._by_sizes, self.leaving = graphs, tokens, by_sizes, leaving
 
     def reap(self) -> None:
-        """Close the withdrawn graphs whose replays are done."""
+        """Close the graphs that are out of the table and whose replays are done."""
         if _cuda.capturing():
             return  # a capture forbids the query, and the end of a graph may free memory
         for leaving in list(self.leaving):
@@ -121,28 +118,35 @@ class Service:
     def close(self) -> None:
         """Close every graph; the caller has waited for the stream."""
         graphs = [*self._graphs, *(graph for _, graph in self.leaving)]
-        self._serve([], [], [])  # first: no closed graph is in service, whatever comes between
+        self._serve([], [])  # first: no closed graph serves a step, whatever comes between
         for graph in graphs:
             self.retire(graph)
 
     def abandon(self) -> None:
         """Forget every graph, keeping the counts: the context is gone, and the driver has destroyed them with it."""
         graphs = [*self._graphs, *(graph for _, graph in self.leaving)]
-        self._serve([], [], [])
+        self._serve([], [])
         for graph in graphs:
             self._count(graph)
 
-    def counts(self, others: Iterable[CapturedStep]) -> dict[int, tuple[int, int]]:
-        """Return (steps, live tokens) per bucket of tokens, smallest first: all graphs ever, and `others`."""
+    def counts(self) -> dict[int, tuple[int, int]]:
+        """Return (steps, live tokens) per bucket of tokens that a step ran in, smallest first: of all graphs ever."""
         counts = {tokens: list(past) for tokens, past in self._past.items()}
-        for graph in (*others, *self._graphs, *(graph for _, graph in self.leaving)):
+        for graph in (*self._graphs, *(graph for _, graph in self.leaving)):
             count = counts.setdefault(graph.sizes[0], [0, 0])
             count[0] += graph.steps
             count[1] += graph.live
         return {tokens: (steps, live) for tokens, (steps, live) in sorted(counts.items()) if steps}
 
+    def absorb(self, other: Graphs) -> None:
+        """Count what `other`, which has no graph any more, has counted."""
+        for tokens, (steps, live) in other.counts().items():
+            past = self._past.setdefault(tokens, [0, 0])
+            past[0] += steps
+            past[1] += live
+
     def check(self) -> None:
         """Assert that the graphs are in order, one per size."""
         assert self._tokens == [graph.sizes[0] for graph in self._graphs]
         sizes = [graph.sizes for graph in self._graphs]
-        assert sizes == sorted(set(sizes)), sizes
+        assert sizes == sorted(set(sizes)) == sorted(self._by_sizes), sizes
