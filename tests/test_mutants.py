@@ -1,13 +1,13 @@
 """Mutations of the hot path, each of which a data comparison must catch; a test that no mutant fails proves nothing.
 
-A mutant is a run and edits, pieces of source text and what they become. The same run that is clean without them must
-find wrong data, or end in an error, with them. Those of the ring's and the pool's order need the stand-in driver's lazy
-mode: work that runs at once hides them.
+A mutant is a run, the name of a function, and what is put in its place. The same run that is clean without it must find
+wrong data, or end in an error, with it. Those of the ring's and the pool's order need the stand-in driver's lazy mode:
+work that runs at once hides them.
 """
 
 import contextlib
-import inspect
-import textwrap
+import importlib
+import types
 import weakref
 
 import kit
@@ -16,24 +16,8 @@ import pytest
 
 from numbabuf import BufferSpec, InputBufferManager, SimpleBufferPool, _cuda
 from numbabuf._cuda import kernels
-from numbabuf._cuda.open_captures import OpenCapture
-from numbabuf.pool import ordering, store
-from numbabuf.step import arena, graphs, slot
-from numbabuf.step import ring as staging
 
 STEPS = 60
-
-
-def mutate(monkeypatch, owner, name, old, new):
-    """Replace `old` by `new` in the source of `owner.name`."""
-    function = inspect.unwrap(getattr(owner, name))
-    plain = getattr(function, "py_func", function)
-    source = textwrap.dedent(inspect.getsource(plain))
-    assert source.count(old) >= 1, f"{name} no longer holds {old!r}: bring the mutant up to date"
-    place = {}
-    code = compile("from __future__ import annotations\n" + source.replace(old, new), f"<mutant of {name}>", "exec")
-    exec(code, plain.__globals__, place)
-    monkeypatch.setattr(owner, name, place[name])
 
 
 @contextlib.contextmanager
@@ -140,47 +124,164 @@ def run_failed_launch(stub):
     return wrong
 
 
+# ------------------------------------------------------------------------------------------------------------ mutations
+# Each is given a function and returns what is put in its place.
+
+
+def nothing(original):
+    """Does nothing."""
+    return lambda *args, **options: None
+
+
+def always(value):
+    """Returns `value`, whatever is the case."""
+    return lambda original: lambda *args, **options: value
+
+
+def unchecked(original):
+    """`acquire` without a look at what the device has read."""
+    return lambda self: self.blocks[self.step % self.depth]
+
+
+def one_late(original):
+    """`_wait` lets the host run one block further than the ring is deep."""
+    return lambda self, step: None if step - self._retired[0] == self.depth else original(self, step)
+
+
+def first_block(original):
+    """`acquire` waits as it should and gives the same block each time."""
+    return lambda self: (original(self), self.blocks[0])[1]
+
+
+def unpadded(original):
+    """`describe` without the rows that pad."""
+
+    def describe(self, words, live, columns, padded):
+        original(self, words, live, columns, padded)
+        words[self.word + kernels.PADDED_ROWS] = words[self.word + kernels.ROWS]
+        words[self.word + kernels.PADDED_COLUMNS] = words[self.word + kernels.COLUMNS]
+
+    return describe
+
+
+def padding_kept(original):
+    """`table_row` that tells the fill to leave the padding as it is."""
+
+    def table_row(self, source, target):
+        row = original(self, source, target)
+        row[kernels.PAD_MODE] = kernels.PAD_KEEP
+        return row
+
+    return table_row
+
+
+def same_bucket(original):
+    """`write` that takes the last step in the block for one of the same bucket."""
+
+    def write(self, block, inputs, live, padded):
+        block.padded = padded
+        return original(self, block, inputs, live, padded)
+
+    return write
+
+
+def without_fill(original):
+    """`recorded` without the graph's first node."""
+    return lambda stream, fill, captured, **options: original(stream, lambda stream: None, captured, **options)
+
+
+def fill_last(original):
+    """`recorded` with the graph's first node behind the user's."""
+
+    @contextlib.contextmanager
+    def recorded(stream, fill, captured, **options):
+        with original(stream, lambda stream: None, captured, **options) as step:
+            yield step
+            fill(stream)
+
+    return recorded
+
+
+def storing_nothing(original):
+    """A kernel whose `store8` has no effect."""
+
+    @_cuda.cuda.jit(device=True)
+    def ignore(addr, value):
+        pass
+
+    plain = getattr(original, "py_func", None) or original.fn
+    return _cuda.cuda.jit(types.FunctionType(plain.__code__, {**plain.__globals__, "store8": ignore}, plain.__name__))
+
+
+def one_smaller(original):
+    """`covering` of a step that has one token less."""
+    return lambda self, live: original(self, (live[0] - 1, *live[1:]))
+
+
+def advancing(original):
+    """`reset` that counts a step instead."""
+    return lambda self: self.advance()
+
+
+def table_as_it_is(original):
+    """`_recount` that leaves the device's count alone."""
+
+    def recount(self):
+        self._write_table = lambda: None
+        try:
+            original(self)
+        finally:
+            del self._write_table
+
+    return recount
+
+
+def marking(stream):
+    """`record` that marks the work of another stream."""
+    return lambda original: lambda self, _: original(self, stream())
+
+
+def idle_stream():
+    return _cuda.as_stream(None)
+
+
+def default_stream():
+    return _cuda.as_stream(0)
+
+
 STUB = pytest.mark.stub
-ARENA, RING, ORDER, GRAPHS = arena.Arena, staging.StagingRing, ordering.StreamOrder, graphs.Graphs
 MUTANTS = {
     # The five by which a staging ring, its fill and its graphs usually go wrong.
-    "retirement check removed": (
-        run_ring, STUB, (RING, "acquire", "if step - self._retired[0] >= self.depth", "if False"),
-    ),
-    "wait removed": (run_ring, STUB, (RING, "_wait", "self.waits += 1", "self.waits += 1; return")),
-    "event recorded too early": (
-        run_pool, STUB,
-        (store.Store, "lease", "block.users = (stream,)",
-         "block.users = (stream,)\n        self.order._early = self.order._mark(stream)"),
-        (ORDER, "mark_users", "self._mark(user)", "self._early"),
-    ),
-    "padding skipped": (run_ring, (), (slot.InputSlot, "describe", "= padded * width", "= live * width")),
-    "graph operand dropped": (
-        run_operands, STUB, (OpenCapture, "keep", "self.operands += [operand,", "_ = [operand,"),
-    ),
+    "retirement check removed": (run_ring, STUB, "step.ring:StagingRing.acquire", unchecked),
+    "wait removed": (run_ring, STUB, "step.ring:StagingRing._wait", nothing),
+    "event recorded too early": (run_pool, STUB, "_cuda:Event.record", marking(idle_stream)),
+    "padding skipped": (run_ring, (), "step.slot:InputSlot.describe", unpadded),
+    "graph operand dropped": (run_operands, STUB, "_cuda.open_captures:OpenCapture.keep", nothing),
     # And more of their kinds.
-    "retirement check one late": (run_ring, STUB, (RING, "acquire", ">= self.depth", "> self.depth")),
-    "every block the same": (run_ring, (), (RING, "acquire", "step % self.depth", "0")),
-    "wait between streams removed": (run_pool, STUB, (ORDER, "put_behind", "event.wait(stream)", "pass")),
-    "event on the wrong stream": (
-        run_pool, STUB, (ORDER, "_mark", "event.record(stream)", "event.record(self.default)"),
-    ),
-    "withdrawn graph closed too early": (
-        run_withdrawal, STUB, (GRAPHS, "exchange", "event.record(self._stream)", "pass"),
-    ),
-    "pad left as it is": (run_ring, (), (slot.InputSlot, "table_row", "= self.pad_mode", "= kernels.PAD_KEEP")),
-    "sizes of an earlier bucket": (run_ring, (), (ARENA, "write", "same = block.padded is padded", "same = True")),
-    "graph without its fill": (run_ring, (), (arena, "recorded", "fill(stream)", "pass")),
-    "fill not first": (
-        run_ring, (),
-        (arena, "recorded", "fill(stream)\n        yield captured\n        if not dry:",
-         "yield captured\n        if not dry:\n            fill(stream)"),
-    ),
-    "count not advanced": (run_ring, (), (kernels, "fill_slots", "store8(table + STEP * WORD, step + 1)", "pass")),
-    "bucket one too small": (run_ring, (), (GRAPHS, "covering", "live[0])", "live[0] - 1)")),
-    "counts not reset": (run_failed_launch, STUB, (ARENA, "_recount", "self.ring.reset()", "self.ring.advance()")),
-    "device count not reset": (run_failed_launch, STUB, (ARENA, "_recount", "self._write_table()", "pass")),
-}  # fmt: skip
+    "retirement check one late": (run_ring, STUB, "step.ring:StagingRing._wait", one_late),
+    "every block the same": (run_ring, (), "step.ring:StagingRing.acquire", first_block),
+    "wait between streams removed": (run_pool, STUB, "_cuda:Event.wait", nothing),
+    "event on the wrong stream": (run_pool, STUB, "_cuda:Event.record", marking(default_stream)),
+    "withdrawn graph closed too early": (run_withdrawal, STUB, "_cuda:Event.query", always(True)),
+    "pad left as it is": (run_ring, (), "step.slot:InputSlot.table_row", padding_kept),
+    "sizes of an earlier bucket": (run_ring, (), "step.arena:Arena.write", same_bucket),
+    "graph without its fill": (run_ring, (), "step.arena:recorded", without_fill),
+    "fill not first": (run_ring, (), "step.arena:recorded", fill_last),
+    "count not advanced": (run_ring, (), "_cuda.kernels:fill_slots", storing_nothing),
+    "bucket one too small": (run_ring, (), "step.graphs:Graphs.covering", one_smaller),
+    "counts not reset": (run_failed_launch, STUB, "step.ring:StagingRing.reset", advancing),
+    "device count not reset": (run_failed_launch, STUB, "step.arena:Arena._recount", table_as_it_is),
+}
+
+
+def mutate(monkeypatch, path, mutation):
+    """Put a mutation in the place of the function that `path` names, "room.module:Class.function"."""
+    module, _, names = path.partition(":")
+    *owners, name = names.split(".")
+    owner = importlib.import_module(f"numbabuf.{module}")
+    for each in owners:
+        owner = getattr(owner, each)
+    monkeypatch.setattr(owner, name, mutation(getattr(owner, name)))
 
 
 @pytest.fixture
@@ -199,9 +300,8 @@ def test_the_original_is_clean(run, controls):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=mutant[1]) for name, mutant in MUTANTS.items()])
 def test_a_mutant_is_caught(name, controls, monkeypatch, caplog):
-    run, _, *edits = MUTANTS[name]
-    for edit in edits:
-        mutate(monkeypatch, *edit)
+    run, _, path, mutation = MUTANTS[name]
+    mutate(monkeypatch, path, mutation)
     try:
         wrong = run(controls)
     except Exception as error:  # an error is as good as wrong data: the mutant did not pass
