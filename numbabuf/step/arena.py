@@ -67,7 +67,7 @@ class Arena:
         pool: BufferPool,
         layout: Layout,
         depth: int,
-        stream: Any,
+        stream: _cuda.Stream,
         earlier: Arena | None = None,
     ) -> None:
         self.layout = layout
@@ -113,13 +113,13 @@ class Arena:
 
     # ----------------------------------------------------------------------------------------------- what runs over it
 
-    def _step(self, sizes: tuple[int, ...], stream: Any) -> CapturedStep:
+    def _step(self, sizes: tuple[int, ...], stream: _cuda.Stream) -> CapturedStep:
         """Return a bucket's views and padded rows; the caller gives it something to run."""
         padded = self.layout.rows(sizes)
         return CapturedStep(Step(stream.numba, self.layout.named(sizes), self._views(padded)), sizes, padded, self)
 
     def recording(
-        self, sizes: tuple[int, ...], stream: Any, *, dry: bool = False
+        self, sizes: tuple[int, ...], stream: _cuda.Stream, *, dry: bool = False
     ) -> contextlib.AbstractContextManager[CapturedStep]:
         """Return a capture on `stream` of the fill, and of what its ``with`` block queues; see `graph.recorded`."""
         new = self._step(sizes, stream)
@@ -256,7 +256,7 @@ class Arena:
             self.resync()
             raise
 
-    def launch_fill(self, stream: Any, rows: tuple[int, ...]) -> None:
+    def launch_fill(self, stream: _cuda.Stream, rows: tuple[int, ...]) -> None:
         """Queue the fill of the ring's next block on `stream`, in a launch shape that fits the padded `rows`."""
         largest = max(
             (n * slot.width * slot.spec.dtype.itemsize for slot, n in zip(self._slots, rows, strict=True)), default=0

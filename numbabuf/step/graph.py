@@ -32,7 +32,7 @@ class Step(Shown, Mapping[str, Any]):
 
     __slots__ = ("_views", "bucket", "result", "stream")
 
-    def __init__(self, stream: Any, bucket: dict[str, int], views: dict[str, Any]) -> None:
+    def __init__(self, stream: _cuda.Stream, bucket: dict[str, int], views: dict[str, Any]) -> None:
         self.stream = stream
         self.bucket = bucket
         self._views = views
@@ -119,7 +119,7 @@ class CapturedStep(Shown):
 
 @contextlib.contextmanager
 def recorded(
-    stream: Any, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
+    stream: _cuda.Stream, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
 ) -> Iterator[CapturedStep]:
     """Capture what is queued on a stream inside a ``with`` block into `captured`, and give it.
 

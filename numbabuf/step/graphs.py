@@ -30,7 +30,7 @@ class Graphs:
         The graphs taken out of the table, each with the event after its last replay.
     """
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: _cuda.Stream) -> None:
         self._stream = stream
         self._graphs: list[CapturedStep] = []
         self._tokens: list[int] = []  # of each of them

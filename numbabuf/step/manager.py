@@ -99,7 +99,7 @@ class InputBufferManager(Resource):
         buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         overflow: str = "raise",
         default_slots: bool = True,
-        stream: Any = None,
+        stream: _cuda.StreamLike | None = None,
         range_check: bool | None = None,
     ) -> None:
         self.max_batch_size = whole_number("max_batch_size", max_batch_size, least=1)

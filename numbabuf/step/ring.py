@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +65,7 @@ class StagingRing:
     Threads: the owner holds a lock round `acquire` to `advance`.
     """
 
-    def __init__(self, memory: np.ndarray, layout: Layout, depth: int, stream: Any) -> None:
+    def __init__(self, memory: np.ndarray, layout: Layout, depth: int, stream: _cuda.Stream) -> None:
         self.depth = depth
         self.step = 0
         self.past = 0  # steps before the count was last reset

@@ -76,7 +76,7 @@ class Shared:
         How often the rings of earlier arenas were waited for.
     """
 
-    def __init__(self, pool: BufferPool, stream: Any, slots: SlotSet, depth: int) -> None:
+    def __init__(self, pool: BufferPool, stream: _cuda.Stream, slots: SlotSet, depth: int) -> None:
         self.pool, self.stream, self.slots, self.depth = pool, stream, slots, depth
         with _cuda.on_device(stream.device):
             self.life = _cuda.lifetime()
