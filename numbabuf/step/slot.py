@@ -18,6 +18,7 @@ from .._cuda import kernels
 from ..errors import ClosedError
 from ..pool.spec import BufferSpec, is_bfloat16, resolve_dtype
 from ..resource import Shown
+from .pad import ITEM_BYTES, resolve_pad
 
 __all__ = ["CONVERSIONS", "InputSlot"]
 
@@ -32,15 +33,11 @@ CONVERSIONS = {
 }
 """(staged type, slot's type) -> what `fill_slots` calls the conversion."""
 
-ITEM_BYTES = (1, 2, 4, 8, 16)
-"""Element sizes that a fill moves as they are."""
-
 RESERVED = frozenset(
     "self inputs num_tokens each at_least max_padding timeout fn sizes progress warm_up verify".split()
 )
 """What no axis may be called: a size is given by the name of its axis, beside these arguments."""
 
-_PAD_MODES = {"repeat_last": kernels.PAD_REPEAT, "keep": kernels.PAD_KEEP}
 _AXIS = re.compile(r"([A-Za-z_]\w*)(?:\+(\d+))?")
 
 
@@ -105,7 +102,7 @@ class InputSlot(Shown):
         self.unit = 1 if spec.dtype.itemsize in ITEM_BYTES else spec.dtype.itemsize
         self.flat = len(spec.shape) == 1 and self.unit == 1
         self.pad = pad
-        self.pad_mode, self._pad_words = self._find_pad()
+        self.pad_mode, self._pad_words = resolve_pad(name, pad, spec.dtype, index=index)
         elements = self.capacity * self.width
         self.max_live = elements if max_live is None else operator.index(max_live)
         if not 1 <= self.max_live <= elements:
@@ -130,67 +127,6 @@ class InputSlot(Shown):
             known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
             raise TypeError(f"slot {self.name!r}: no conversion from {source} to {target}; there are {known}")
         return found
-
-    def _find_pad(self) -> tuple[int, tuple[int, int]]:
-        if isinstance(self.pad, str):
-            if self.pad not in _PAD_MODES:
-                raise ValueError(f"slot {self.name!r}: pad {self.pad!r}; use a value, 'repeat_last' or 'keep'")
-            if self.pad == "repeat_last" and self.spec.dtype.itemsize not in ITEM_BYTES:
-                raise ValueError(
-                    f"slot {self.name!r}: elements of {self.spec.dtype.itemsize} bytes are padded with zeros or kept: "
-                    "use pad=0 or 'keep'"
-                )
-            if self.pad == "keep" and self.index:
-                raise ValueError(
-                    f"slot {self.name!r} holds indices, and pad 'keep' would leave stale ones in the padding, which "
-                    "kernels follow out of bounds: use a valid index or 'repeat_last'"
-                )
-            return _PAD_MODES[self.pad], (0, 0)
-        dtype = self.spec.dtype
-        given = np.asarray(self.pad)
-        if self.index and given.shape == () and given.dtype.kind in "iuf" and given < 0:
-            raise ValueError(
-                f"slot {self.name!r} holds indices, and pad {self.pad!r} is none: a kernel that follows it writes to "
-                "the last row, or out of bounds. Pad with a valid index, as of a row that nothing else uses"
-            )
-        try:
-            if given.shape != ():
-                raise TypeError("it is not a scalar")
-            if dtype.kind in "iu" and given.dtype.kind in "iub":
-                info = np.iinfo(dtype)
-                if not info.min <= int(given) <= info.max:
-                    raise ValueError("it does not fit")
-            elif dtype.kind in "iub" and given.dtype.kind not in "iub":
-                raise TypeError("it is not an integer")
-            elif given.dtype.kind in "OSU" and given.dtype.kind != dtype.kind:
-                raise TypeError("it is not a number")
-            elif given.dtype.kind == "c" and dtype.kind != "c":
-                raise TypeError("it is complex")
-            with np.errstate(all="ignore"):
-                # 0 is zero bytes where an element is no number; NumPy would make it the letter "0".
-                blank = dtype.kind in "SUV" and given.dtype.kind in "iub" and given == 0
-                value = np.zeros((), dtype) if blank else given.astype(dtype)
-            if not blank and dtype.kind in "SU" and given.dtype.kind != dtype.kind:
-                raise TypeError("it is not a string")
-            if (
-                (dtype.kind in "fc" or is_bfloat16(dtype))
-                and given.dtype.kind in "iuf"
-                and np.isfinite(given)
-                and not np.isfinite(value)
-            ):
-                raise ValueError("it does not fit")
-            raw = value.tobytes()
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"slot {self.name!r}: pad {self.pad!r} is no value of {dtype} ({error})") from None
-        if len(raw) not in ITEM_BYTES:
-            if any(raw):
-                raise ValueError(
-                    f"slot {self.name!r}: elements of {len(raw)} bytes are padded with zeros or kept: use pad=0, or "
-                    "'keep'"
-                )
-            raw = bytes(16)
-        words = np.frombuffer(raw * (16 // len(raw)), np.int64)
-        return kernels.PAD_VALUE, (int(words[0]), int(words[1]))
 
     @property
     def array(self) -> Any:
