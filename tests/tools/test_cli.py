@@ -18,7 +18,7 @@ from numbabuf import config
 from numbabuf.errors import BackendError
 from numbabuf.step.manager import InputBufferManager
 from numbabuf.tools import cli
-from numbabuf.tools import replay as command
+from numbabuf.tools import replay as replaying
 from numbabuf.tools.pipeline import Pipeline
 
 # one size on every backend, small enough for the simulator
@@ -148,7 +148,7 @@ def test_wrong_result_is_shown_and_ends_the_run(capsys, tmp_path, monkeypatch, w
         calls.append(None)
         return scores
 
-    monkeypatch.setattr(command, "WINDOW", 3)
+    monkeypatch.setattr(replaying, "WINDOW", 3)
     monkeypatch.setattr(Pipeline, "expected", off_by_one)
     code, out, err = replay(capsys, "--steps", 7, "--json", tmp_path / "out.json")
     assert code == 1
@@ -163,7 +163,7 @@ def test_wrong_result_is_shown_and_ends_the_run(capsys, tmp_path, monkeypatch, w
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_a_step_that_never_ran_is_caught(capsys, monkeypatch, skipped):
     """Its row of scores is not mistaken for what the warm-up wrote (0), nor for a step before it (2)."""
-    monkeypatch.setattr(command, "WINDOW", 2)
+    monkeypatch.setattr(replaying, "WINDOW", 2)
     replay_step, calls = InputBufferManager.replay, []
 
     def skip_one(self, inputs, num_tokens, **sizes):
