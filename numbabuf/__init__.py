@@ -28,16 +28,18 @@ if TYPE_CHECKING:
     from .pool.entry import BufferEntry
     from .pool.pool import BufferPool, SimpleBufferPool
     from .pool.spec import BufferSpec, BufferState, Tier
-    from .pool.stats import PoolStats, PredictionStats
+    from .pool.stats import PoolStats
     from .predict.factory import create_input_buffer_manager
     from .predict.manager import PredictiveBufferManager
+    from .predict.stats import PredictionStats
     from .step.graph import Step
     from .step.lease import Lease
     from .step.manager import InputBufferManager
     from .step.program import CapturedSize, Program
     from .step.slot import InputSlot
     from .step.stats import ManagerStats, ProgramStats
-    from .tiers.pool import HierarchicalBufferPool, HierarchyStats
+    from .tiers.pool import HierarchicalBufferPool
+    from .tiers.stats import HierarchyStats
 
 __version__ = "0.1.0"
 
@@ -92,16 +94,18 @@ _HOMES = {
     "pool.entry": ("BufferEntry",),
     "pool.pool": ("BufferPool", "SimpleBufferPool"),
     "pool.spec": ("BufferSpec", "BufferState", "Tier"),
-    "pool.stats": ("PoolStats", "PredictionStats"),
+    "pool.stats": ("PoolStats",),
     "predict.factory": ("create_input_buffer_manager",),
     "predict.manager": ("PredictiveBufferManager",),
+    "predict.stats": ("PredictionStats",),
     "step.graph": ("Step",),
     "step.lease": ("Lease",),
     "step.manager": ("InputBufferManager",),
     "step.program": ("CapturedSize", "Program"),
     "step.slot": ("InputSlot",),
     "step.stats": ("ManagerStats", "ProgramStats"),
-    "tiers.pool": ("HierarchicalBufferPool", "HierarchyStats"),
+    "tiers.pool": ("HierarchicalBufferPool",),
+    "tiers.stats": ("HierarchyStats",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

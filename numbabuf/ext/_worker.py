@@ -18,8 +18,9 @@ from .. import _cuda
 from ..demand.model import DemandModel
 from ..errors import BusyError
 from ..pool.pool import BufferPool
-from ..pool.stats import PoolStats, PredictionStats
+from ..pool.stats import PoolStats
 from ..predict.manager import PredictiveBufferManager
+from ..predict.stats import PredictionStats
 from ..step.manager import InputBufferManager
 from ..step.stats import ManagerStats
 

@@ -23,10 +23,8 @@ __all__ = [
     "EVENT_DTYPE",
     "EventRing",
     "Frozen",
-    "HierarchyStats",
     "OomSteps",
     "PoolStats",
-    "PredictionStats",
     "Scope",
     "ScopeStats",
     "Watch",
@@ -134,29 +132,6 @@ class PoolStats(Shown):
         """Part of the leases that needed no driver call, 1.0 before the first."""
         return 1.0 - self.misses / self.allocations if self.allocations else 1.0
 
-
-
-@dataclass(frozen=True)
-class HierarchyStats(PoolStats):
-    """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
-
-    promotions: int = 0
-    """Buffers brought up: to device memory, or to managed memory where an address there was taken."""
-    demotions: int = 0
-    """Buffers sent from it, or from managed memory, downwards."""
-    clean_demotions: int = 0
-    """Those of them that had a copy below already, so that nothing had to be copied."""
-    in_place: int = 0
-    """Uses of a buffer that stayed outside device memory."""
-    refused: int = 0
-    """Those of them that the policy would not have evict others."""
-    launches: int = 0
-    """Batches of copies, one kernel launch each."""
-    moved_bytes: int = 0
-    settled: int = 0
-    """Managed allocations whose pages the driver keeps on the host; others it migrates on access."""
-    buffers_by_tier: Mapping[Tier, int] = field(default_factory=Frozen)
-    """Leased buffers by the tier that their contents are in."""
 
 
 @dataclass(frozen=True)
@@ -334,48 +309,3 @@ def caller() -> str:
     """Return the file and line of the first frame outside numbabuf."""
     frame, _ = outside()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
-@dataclass(frozen=True)
-class PredictionStats(Shown):
-    """How a predictive manager's predictions did, at one moment.
-
-    Attributes
-    ----------
-    hits, misses : int
-        Steps whose size was, or was not, among those last forecast; none are counted before the first forecast. Those
-        refused for their size count too, those of no tokens do not.
-    unserved : int
-        Steps for which no captured graph was large enough, or no bucket where they were staged alone: refused, split,
-        or run without a graph.
-    warmed, warmed_unused : int
-        Graphs captured ahead of need, and those of them that no step has used, or had used when they were closed.
-    closed : int
-        Graphs taken out of service because the plan no longer wanted them, or wanted others more.
-    failures : int
-        Prewarmings that failed and left everything as it was.
-    graph_bytes, reserved_bytes : int
-        Device bytes that prewarmed graphs took, as far as the driver tells, until they are closed, and bytes of the
-        buffers reserved ahead of need, until the pool was trimmed of them.
-    padding : float
-        As `ManagerStats.padding`.
-    refits : int
-        Times the bucket list was reconsidered.
-    capture_seconds, model_seconds : float
-        Time spent capturing ahead of need, and learning and forecasting.
-    """
-
-    hits: int
-    misses: int
-    unserved: int
-    warmed: int
-    warmed_unused: int
-    closed: int
-    failures: int
-    graph_bytes: int
-    reserved_bytes: int
-    padding: float
-    refits: int
-    capture_seconds: float
-    model_seconds: float
-

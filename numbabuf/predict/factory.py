@@ -75,5 +75,5 @@ def create_input_buffer_manager(
     except BaseException:
         pool.close()
         raise
-    manager._own_pool = True
+    manager.owns_pool = True
     return manager

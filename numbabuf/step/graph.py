@@ -7,6 +7,7 @@ Knows one graph at a time; `program` decides which steps are captured, `graphs` 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -59,6 +60,9 @@ class Step(Shown, Mapping[str, Any]):
 
 
 
+_numbers = itertools.count(1)
+
+
 class CapturedStep(Shown):
     """A bucket ready to run: usually a graph of the fill of every slot and then the user's kernels.
 
@@ -80,10 +84,13 @@ class CapturedStep(Shown):
         Device bytes that the driver took for the graph, as far as it tells them.
     steps, live, last_used : int
         Runs so far, the live tokens in them, and which step over its memory was the last of them.
+    number : int
+        No other captured step has it.
     """
 
     __slots__ = (
-        "_graph", "arena", "last_used", "launch_on", "live", "nbytes", "padded", "plain", "sizes", "step", "steps",
+        "_graph", "arena", "last_used", "launch_on", "live", "nbytes", "number", "padded", "plain", "sizes", "step",
+        "steps",
     )  # fmt: skip
 
     def __init__(self, step: Step, sizes: tuple[int, ...], padded: tuple[int, ...], arena: Any) -> None:
@@ -95,6 +102,7 @@ class CapturedStep(Shown):
         self.arena = arena
         self.plain = False
         self.nbytes = self.steps = self.live = self.last_used = 0
+        self.number = next(_numbers)
 
     @property
     def operands(self) -> list[Any]:

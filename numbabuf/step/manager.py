@@ -65,6 +65,8 @@ class InputBufferManager(Resource):
         The Numba stream of the steps.
     max_tokens : int
         Capacity of the default slots.
+    owns_pool : bool
+        Whether `close` closes the pool, too.
 
     Notes
     -----
@@ -118,7 +120,7 @@ class InputBufferManager(Resource):
                 "None for a stream of the manager's own, or cuda.stream()"
             )
         self.stream = queue.numba
-        self._own_pool = pool is None
+        self.owns_pool = pool is None
         self._shared = Shared(SimpleBufferPool() if pool is None else pool, queue, slots, depth)
         self._fill = Fill(self._shared, policy)
         self._first = Program(self._shared, self._fill, "main", None, policy)
@@ -217,6 +219,11 @@ class InputBufferManager(Resource):
     def get_static_tensors(self) -> dict[str, Any]:
         """Return every static slot's whole device array, by name."""
         return {slot.name: slot.array for slot in self.slots if slot.static}
+
+    @property
+    def pool(self) -> BufferPool:
+        """Where the memory of the slots and the staging ring comes from."""
+        return self._shared.pool
 
     @property
     def layout(self) -> Layout:
@@ -557,17 +564,17 @@ class InputBufferManager(Resource):
                     try:
                         shared.close()
                     except Exception:
-                        self._own_pool &= not self.closed  # its frees would fail like this, at every further close
+                        self.owns_pool &= not self.closed  # its frees would fail like this, at every further close
                         raise
                 self._first.function = None
-        if self._own_pool:
-            self._own_pool = False
+        if self.owns_pool:
+            self.owns_pool = False
             with contextlib.suppress(*(Exception,) * shared.life.ended):  # what is gone gives nothing back
                 shared.pool.close()
 
     def _disown(self) -> None:
         """In a forked child: be closed, and leave the memory to the parent."""
-        self._own_pool = False
+        self.owns_pool = False
         self._shared.disown()
 
     def __enter__(self) -> InputBufferManager:

@@ -53,6 +53,8 @@ class CapturedSize:
         Steps that it ran so far.
     last_used : int
         Which of the steps over the slots' memory was the last that it ran; 0 before the first. The larger, the later.
+    number : int
+        Tells two captures of one size apart.
     """
 
     num_tokens: int
@@ -60,6 +62,7 @@ class CapturedSize:
     nbytes: int
     steps: int
     last_used: int
+    number: int
 
 
 def check_function(fn: Any) -> None:
@@ -250,6 +253,23 @@ class Program(Resource):
         """The sizes that have a graph, the smallest first."""
         with self._shared.lock:
             return tuple(_size(graph) for graph in self.graphs)
+
+    @property
+    def leaving(self) -> tuple[CapturedSize, ...]:
+        """The sizes that were dropped or replaced, and whose last replays are not done, so that they hold memory."""
+        with self._shared.lock:
+            self.graphs.reap()
+            return tuple(_size(graph) for _, graph in self.graphs.leaving)
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is in the middle of a call on the manager, and so holds its lock."""
+        return bool(self._shared.inside())
+
+    @property
+    def device(self) -> int:
+        """The number of the device that the program runs on."""
+        return int(self._shared.stream.device)
 
     def capture_buckets(
         self,
@@ -475,7 +495,9 @@ class Program(Resource):
 
 
 def _size(graph: CapturedStep) -> CapturedSize:
-    return CapturedSize(graph.sizes[0], dict(graph.step.bucket), graph.nbytes, graph.steps, graph.last_used)
+    return CapturedSize(
+        graph.sizes[0], dict(graph.step.bucket), graph.nbytes, graph.steps, graph.last_used, graph.number
+    )
 
 
 def _note(layout: Layout, item: tuple[str, tuple[int, ...]]) -> str:

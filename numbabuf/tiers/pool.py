@@ -23,15 +23,16 @@ from ..errors import BusyError, CaptureError, TierFullError
 from ..pool.block import Ledger, Ticket, size_class
 from ..pool.pool import SimpleBufferPool
 from ..pool.spec import BufferSpec, BufferState, Tier
-from ..pool.stats import Frozen, HierarchyStats, PoolStats, caller
+from ..pool.stats import Frozen, PoolStats, caller
 from ..pool.store import Store
 from ..pool.turns import Turns
 from . import calibration
 from .entry import Record, TieredEntry, refuse_ended
 from .mover import Mark, Move, Mover
 from .policies import Policy, make_policy
+from .stats import HierarchyStats
 
-__all__ = ["HierarchicalBufferPool", "HierarchyStats"]
+__all__ = ["HierarchicalBufferPool"]
 
 ORDER = (Tier.DEVICE, Tier.MANAGED, Tier.PINNED)
 """The tiers from the top down."""

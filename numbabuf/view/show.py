@@ -10,7 +10,8 @@ from functools import singledispatch
 from ..demand.model import DemandModel
 from ..pool.entry import BufferEntry
 from ..pool.pool import BufferPool
-from ..pool.stats import PoolStats, PredictionStats, ScopeStats
+from ..pool.stats import PoolStats, ScopeStats
+from ..predict.stats import PredictionStats
 from ..step.graph import CapturedStep, Step
 from ..step.manager import InputBufferManager
 from ..step.program import Program

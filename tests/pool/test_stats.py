@@ -41,7 +41,7 @@ def snapshots():
     ):
         with pool.statistics() as scope, pool.allocate(pinned), tiers.allocate(pinned):
             found = [pool.stats(), pool.stats().oom, tiers.stats(), scope.stats(), manager.stats()]
-            return [*found, predictive.prediction()]
+            return [*found, predictive.prediction(), *manager.stats().programs.values()]
 
 
 def kinds():

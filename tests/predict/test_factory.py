@@ -20,7 +20,7 @@ def test_each_kind_stages_and_closes_its_own_pool(hierarchical, predictive):
         2, 8, use_hierarchical=hierarchical, use_predictive=predictive, buckets=[4, 16], ring=2
     )
     assert isinstance(manager, PredictiveBufferManager if predictive else InputBufferManager)
-    pool = manager._shared.pool
+    pool = manager.pool
     assert isinstance(pool, HierarchicalBufferPool) == hierarchical
     views = manager.stage_inputs({"input_ids": np.arange(3)}, 3)
     manager.synchronize()
@@ -35,7 +35,7 @@ def test_budgets_reach_the_pool():
     budgets = {"device_bytes": 1 << 16, "pinned_bytes": 1 << 15}
     with create_input_buffer_manager(1, 8, use_hierarchical=True, **budgets) as manager:
         manager.stage_inputs({}, 1)
-        assert manager._shared.pool.stats().reserved_bytes <= (1 << 16) + (1 << 15)
+        assert manager.pool.stats().reserved_bytes <= (1 << 16) + (1 << 15)
     with pytest.raises(MemoryError), create_input_buffer_manager(
         64, 64, use_hierarchical=True, device_bytes=1 << 10, pinned_bytes=1 << 10
     ) as manager:

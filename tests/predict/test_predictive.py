@@ -1,6 +1,7 @@
 """PredictiveBufferManager: plans follow the demand, budgets hold, and no failure costs what was there."""
 
 import itertools
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import pytest
 
 from numbabuf import BufferSpec, PredictiveBufferManager, SimpleBufferPool, Tier, _cuda
 from numbabuf._cuda import cuda, launch_shape
+from numbabuf.demand.buckets import Refitter
 from numbabuf.demand.model import DemandModel
-from numbabuf.errors import BusyError, CaptureError
+from numbabuf.errors import BucketOverflowError, BusyError, CaptureError, ClosedError
+from numbabuf.predict import Budgets, Prewarmer
+from numbabuf.step.graphs import Graphs
 
 CAPACITY = 256
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -67,7 +71,7 @@ def run(manager, sizes, seed=0):
 
 
 def in_service(manager):
-    return [graph.sizes[0] for graph in manager._first.graphs]
+    return [graph.num_tokens for graph in manager.captured]
 
 
 def test_the_plan_serves_what_was_recorded_and_always_the_largest(make):
@@ -344,7 +348,7 @@ def test_prewarming_ends_when_the_graphs_are_captured_anew_meanwhile(make):
     other = Doubler()
 
     def old(step):
-        manager._first.function = other  # as capture_buckets of another thread does
+        manager.programs["main"].function = other  # as capture_buckets of another thread does
         return fn(step)
 
     assert len(manager.prewarm(old)) == 1
@@ -386,14 +390,12 @@ def test_a_captured_function_may_ask_and_stop_its_own_thread(make):
     asked = threading.Event()
 
     def curious(step):
-        if manager._learning.acquire(blocking=False):  # what prediction() takes; a plain lock would hang here
-            manager._learning.release()
-            manager.prediction()
-            manager.stop()
+        manager.prediction()
+        manager.stop()
         asked.set()
         return fn(step)
 
-    manager._first.function = curious
+    manager.programs["main"].function = curious
     manager.start(1e-3)
     (worker,) = [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
     assert asked.wait(60)
@@ -401,28 +403,126 @@ def test_a_captured_function_may_ask_and_stop_its_own_thread(make):
     assert not worker.is_alive() and manager.prediction().failures == 0
 
 
-def test_a_fork_leaves_no_lock_taken(make):
-    manager = make()
-    held, go = threading.Event(), threading.Event()
+FORKED = """
+import os, threading
+from numbabuf import PredictiveBufferManager
+from numbabuf.demand import DemandModel
+holding, go = threading.Event(), threading.Event()
+def clock():  # of the model, which is being taught
+    holding.set()
+    go.wait(60)
+    return 0.0
+manager = PredictiveBufferManager(max_batch_size=1, max_seq_len=16, demand=DemandModel(clock=clock))
+manager.record_usage(3)
+other = threading.Thread(target=manager.prediction)
+other.start()
+assert holding.wait(60)
+child = os.fork()
+go.set()
+if child == 0:
+    manager.prediction()  # the thread that learned does not go on here
+    os._exit(7 if manager.closed else 1)
+other.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
-    def hold():
-        with manager._learning:
-            held.set()
-            go.wait(60)
 
-    other = threading.Thread(target=hold)
-    other.start()
-    assert held.wait(60)
-    arena = manager._shared.arena
-    manager._disown()  # what the manager's fork hook calls
-    try:
-        assert manager.closed
-        assert manager._learning.acquire(blocking=False)
-    finally:
-        # No child after all: its memory is still to be given back.
-        manager._shared.closed, manager._shared.arena, manager._own_pool = "", arena, True
-        go.set()
-        other.join()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_leaves_no_lock_taken():
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+
+
+def test_a_call_in_the_middle_of_a_step_is_refused(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn)
+    refused = []
+
+    class Asks:
+        def __array__(self, dtype=None, copy=None):
+            with pytest.raises(BusyError, match="nothing has changed"):
+                manager.prewarm()
+            manager.stop()  # without waiting
+            refused.append(self)
+            return np.arange(3)
+
+    manager.replay({"input_ids": Asks()}, 3)
+    assert len(refused) == 1
+
+
+def test_one_thread_prewarms_at_a_time_and_the_others_do_not_wait(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    for size in [3, 5, 40] * 40:
+        manager.record_usage(size)
+    meanwhile = []
+
+    def slow(step):
+        if not meanwhile:
+            other = threading.Thread(target=lambda: meanwhile.append(manager.prewarm()))
+            other.start()
+            other.join(60)
+        return fn(step)
+
+    assert len(manager.prewarm(slow)) == 3
+    assert meanwhile == [()]
+
+
+# ------------------------------------------------------------------------------------------------ programs of their own
+
+
+def test_each_program_has_a_prewarmer_and_a_model_of_its_own(make):
+    manager, fn, other = make(), Doubler(), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    budgets = Budgets(max_size=64, max_graphs=3)
+    with (
+        manager.program(other, name="other") as program,
+        Prewarmer(program, manager.pool, DemandModel(), budgets, specs=lambda n: [BufferSpec(n)]) as prewarmer,
+    ):
+        for size in [5, 5, 30] * 40:
+            prewarmer.record_usage(size)
+        assert sorted(prewarmer.prewarm()) == [5, 30, 64] == [graph.num_tokens for graph in program.captured]
+        assert in_service(manager) == [CAPACITY] and set(fn.sizes) == {CAPACITY}
+        for size in (4, 30):
+            program.replay({"input_ids": np.arange(size)}, size)
+        manager.replay({"input_ids": np.arange(100)}, 100)
+        with pytest.raises(BucketOverflowError):
+            program.replay({}, 65)
+        manager.synchronize()
+        assert len(prewarmer.demand) == 122 and [size for _, size in manager.demand.seen] == [100]
+        found = prewarmer.prediction()
+        assert (found.warmed, found.warmed_unused, found.unserved) == (3, 1, 1)
+        assert found.padding == program.stats().padding and found.reserved_bytes > 0
+        assert manager.prediction().unserved == 0
+        with pytest.raises(BusyError, match="close that one first"):
+            make(demand=prewarmer.demand)
+        model = prewarmer.demand
+    assert prewarmer.closed and prewarmer.prewarm() == () and make(demand=model).demand is model
+    with pytest.raises(ClosedError, match="closed"):
+        prewarmer.start()
+
+
+def test_a_graph_that_was_used_and_then_replaced_by_others_was_used(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    for size in [3, 5, 40] * 40:
+        manager.record_usage(size)
+    assert len(manager.prewarm()) == 3
+    run(manager, [3, 40])
+    manager.capture_buckets(Doubler(), [CAPACITY])  # another function: all graphs of the first are replaced
+    manager.synchronize()
+    score = manager.prediction()
+    assert (score.warmed, score.warmed_unused, score.graph_bytes) == (3, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"max_size": 0}, {"max_graphs": True}, {"prewarm_bytes": -1}, {"prewarm_seconds": float("nan")}], ids=str
+)
+def test_budgets_are_checked_when_they_are_made(bad):
+    (name,) = bad
+    with pytest.raises((TypeError, ValueError), match=f"^{name} is "):
+        Budgets(**({"max_size": 8} | bad))
 
 
 # --------------------------------------------------------------------------------------------------- the byte budget
@@ -466,7 +566,7 @@ def test_what_is_not_yet_closed_still_counts_and_one_at_a_time_makes_room(make, 
     for size in [100, 120, 160] * 1000:
         manager.record_usage(size)
     with monkeypatch.context() as patch:
-        patch.setattr(manager._first.graphs, "reap", lambda: None)  # the last replays are not done yet
+        patch.setattr(Graphs, "reap", lambda graphs: None)  # the last replays are not done yet
         assert manager.prewarm() == () and len(in_service(manager)) == 2
         assert manager.prediction().graph_bytes == 200
         assert manager.prewarm() == () and len(in_service(manager)) == 2
@@ -474,29 +574,31 @@ def test_what_is_not_yet_closed_still_counts_and_one_at_a_time_makes_room(make, 
     assert len(manager.prewarm()) >= 1 and manager.prediction().graph_bytes <= 200
 
 
-def test_the_least_missed_graph_makes_room_first(make, graphs_take, monkeypatch):
-    manager, fn = make(max_graphs=4, prewarm_bytes=200), Doubler()
+@pytest.fixture
+def plan(monkeypatch):
+    """Make the sizes that are planned these, and the largest, from the next step on that is learned."""
 
     def plan(*sizes):
-        manager.demand  # noqa: B018  # learned: what follows is the plan until more steps come
-        manager._refitter.sizes = np.array([*sizes, CAPACITY])
+        monkeypatch.setattr(Refitter, "observe", lambda self, _: setattr(self, "sizes", np.array([*sizes, CAPACITY])))
 
+    return plan
+
+
+def test_the_least_missed_graph_makes_room_first(make, graphs_take, monkeypatch, plan):
+    manager, fn = make(max_graphs=4, prewarm_bytes=200), Doubler()
     manager.capture_buckets(fn, [CAPACITY])
     graphs_take(100)
     plan(8, 20)
+    manager.record_usage(20)
     assert set(manager.prewarm()) == {8, 20}
     run(manager, [20] * 40)  # used more than the other, but not lately
-    manager._demand, _ = DemandModel(), manager.demand
-    for size in [8] * 30 + [50] * 3:
-        manager._demand.observe(size)
+    manager.adopt(DemandModel(64, buckets=[8, 20, 50]))
     plan(50)
-    dropped, exchange = [], manager._first.graphs.exchange
-
-    def spy(old, new):
-        dropped.extend((graph.sizes[0], len(fn.sizes)) for graph in old if not new)
-        exchange(old, new)
-
-    monkeypatch.setattr(manager._first.graphs, "exchange", spy)
+    for size in [8] * 30 + [50] * 3:
+        manager.record_usage(size)
+    program, dropped = manager.programs["main"], []
+    drop = program.drop
+    monkeypatch.setattr(program, "drop", lambda size: (dropped.append((size["tokens"], len(fn.sizes))), drop(size)))
     before = len(fn.sizes)
     captured = manager.prewarm()
     if not captured:  # the device had not said yet that the last replay of what made room is done
@@ -506,28 +608,27 @@ def test_the_least_missed_graph_makes_room_first(make, graphs_take, monkeypatch)
     assert dropped == [(20, before), (8, before + 2)], "one for room, one as all that is planned is there"
 
 
-def test_a_planned_graph_gives_way_to_one_that_is_worth_more(make, graphs_take):
+def test_a_planned_graph_gives_way_to_one_that_is_worth_more(make, graphs_take, plan):
     """The plan has room for four sizes, and the byte budget for two; the demand moves within the plan."""
     manager, fn = make(max_graphs=4, prewarm_bytes=100, window=64), Doubler()
     manager.capture_buckets(fn, [CAPACITY])
     graphs_take(100)
+    plan(8, 50, 100)
 
-    def plan(*shares):
-        for size, count in zip((8, 50, 100), shares):
+    def demand(*shares):
+        for size, count in zip((8, 50, 100), shares, strict=True):
             for _ in range(count):
                 manager.record_usage(size)
-        manager.demand  # noqa: B018  # learned: what follows is the plan until more steps come
-        manager._refitter.sizes = np.array([8, 50, 100, CAPACITY])
 
-    plan(60, 2, 2)
+    demand(60, 2, 2)
     assert manager.prewarm() == (8,)
-    plan(0, 30, 31)
+    demand(0, 30, 31)
     manager.prewarm()
     manager.synchronize()
     manager.prewarm()
     assert in_service(manager) == [100, CAPACITY] and manager.prediction().graph_bytes == 100
     before = manager.prediction().closed
-    plan(0, 31, 32)  # nearly as before: nothing changes any more
+    demand(0, 31, 32)  # nearly as before: nothing changes any more
     for _ in range(3):
         assert manager.prewarm() == ()
     assert manager.prediction().closed == before and in_service(manager) == [100, CAPACITY]
@@ -542,7 +643,7 @@ def test_the_first_graph_keeps_to_the_budget_too_and_is_tried_once_a_plan(make, 
     assert manager.prewarm() == () and manager.prewarm() == ()
     score = manager.prediction()
     assert (score.failures, score.warmed, score.graph_bytes) == (1, 0, 0) and in_service(manager) == [CAPACITY]
-    assert manager._first.graphs.leaving == [], "it is closed"
+    assert manager.programs["main"].leaving == (), "it is closed"
     run(manager, [3, 5, 40])
     for size in [100, 120] * 300:
         manager.record_usage(size)
@@ -582,7 +683,7 @@ def test_graphs_of_other_axes_count_and_stay(make):
     for size in [3, 5, 40] * 40:
         manager.record_usage(size)
     assert manager.prewarm() == (CAPACITY,), "the largest must be there"
-    assert [graph.sizes for graph in manager._first.graphs] == [(64, 2), (64, 4), (CAPACITY, 8)]
+    assert [tuple(graph.sizes.values()) for graph in manager.captured] == [(64, 2), (64, 4), (CAPACITY, 8)]
     assert manager.prewarm() == ()
 
 
@@ -606,59 +707,36 @@ def test_what_can_be_no_option_is_refused(make, bad):
 # -------------------------------------------------------------------------------------------------------- threads
 
 
-class Watched:
-    """A lock that says when another thread than this is about to wait for it."""
-
-    def __init__(self, lock):
-        self._lock, self._owner, self.wanted = lock, threading.get_ident(), threading.Event()
-
-    def acquire(self, blocking=True):
-        if threading.get_ident() != self._owner:
-            self.wanted.set()
-        return self._lock.acquire(blocking)
-
-    def __enter__(self):
-        return self.acquire()
-
-    def __exit__(self, *exc):
-        self._lock.release()
-
-    def __getattr__(self, name):
-        return getattr(self._lock, name)
-
-
-def test_a_captured_function_may_stop_the_thread_that_waits_for_it(make):
-    """The thread waits for the manager's lock, which `capture_buckets` holds, and for nothing it would hold."""
+def test_a_captured_function_may_ask_and_stop_a_thread_that_waits_for_it(make):
+    """The thread waits for the lock that `capture_buckets` holds, and holds nothing that the function asks for."""
     manager, fn = make(), Doubler()
     manager.capture_buckets(fn)
     run(manager, [3, 5, 40] * 40)
-    manager._shared.lock = Watched(manager._shared.lock)
-    done, errors = [], []
+    workers, planning = [], threading.Event()
+    clock = type(manager.prewarmer.demand).histogram
 
     def stopping(step):
-        if not done:
+        if not workers:
             manager.start(1e-3)
-            assert manager._shared.lock.wanted.wait(60)
-            with pytest.raises(BusyError, match="learns or prewarms"):
-                manager.prediction()
+            assert planning.wait(60)  # from here the thread goes on to ask which graphs there are, and waits
+            manager.prediction()
+            workers.extend(thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm")
             manager.stop()
-            done.append(manager._worker)
         return fn(step)
 
-    def capture():
-        try:
-            manager._shared.lock._owner = threading.get_ident()
-            manager.capture_buckets(stopping, [8, CAPACITY])
-        except BaseException as error:
-            errors.append(error)
-
-    capturing = threading.Thread(target=capture, daemon=True)
-    capturing.start()
-    capturing.join(60)
-    assert not capturing.is_alive() and not errors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DemandModel, "histogram", lambda model: (planning.set(), clock(model))[1])
+        capturing = threading.Thread(target=manager.capture_buckets, args=(stopping, [8, CAPACITY]), daemon=True)
+        capturing.start()
+        capturing.join(60)
+    assert not capturing.is_alive() and len(workers) == 1
     manager.stop()
-    assert not done[0].is_alive(), "who stops it from outside waits for its end"
+    assert not workers[0].is_alive(), "who stops it from outside waits for its end"
     run(manager, [3, 8])
+
+
+def prewarmers():
+    return [thread for thread in threading.enumerate() if thread.name == "numbabuf-prewarm"]
 
 
 def test_a_thread_that_was_stopped_without_waiting_can_be_started_again(make):
@@ -667,15 +745,15 @@ def test_a_thread_that_was_stopped_without_waiting_can_be_started_again(make):
 
     def restarting(step):
         manager.start(3600)
-        workers.append(manager._worker)
+        workers.extend(thread for thread in prewarmers() if thread not in workers)
         manager.stop()
         return fn(step)
 
     manager.capture_buckets(restarting, [CAPACITY])
     manager.start(3600)
-    assert manager._worker not in workers and manager._worker.is_alive()
+    (going,) = [thread for thread in prewarmers() if thread not in workers]
     manager.stop()
-    for worker in workers:
+    for worker in (going, *workers):
         worker.join(60)
         assert not worker.is_alive()
 
