@@ -158,8 +158,9 @@ def unpadded(original):
 
     def describe(self, words, live, columns, padded):
         original(self, words, live, columns, padded)
-        words[self.word + kernels.PADDED_ROWS] = words[self.word + kernels.ROWS]
-        words[self.word + kernels.PADDED_COLUMNS] = words[self.word + kernels.COLUMNS]
+        at = self.columns_word - kernels.COLUMNS
+        words[at + kernels.PADDED_ROWS] = words[at + kernels.ROWS]
+        words[at + kernels.PADDED_COLUMNS] = words[at + kernels.COLUMNS]
 
     return describe
 

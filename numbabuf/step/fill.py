@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["Fill"]
 
 _this_thread = _cuda.this_thread
-_captures = _cuda.captures
 
 
 class Fill:

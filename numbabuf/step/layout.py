@@ -227,20 +227,21 @@ class SlotSet:
         self.by_name: dict[str, InputSlot] = {}
         self.buckets = bucket_lists(buckets, max_tokens)
         self._max_tokens = max_tokens
+        self._static: list[InputSlot] = []
+        self._axes = ["tokens"]
         self._layout: Layout | None = None
 
     @property
     def layout(self) -> Layout:
         """The layout of the slots so far; ValueError where the buckets do not fit them."""
         if self._layout is None:
-            static = [slot for slot in self.by_name.values() if slot.static]
-            self._layout = Layout.of(static, self.buckets, self._max_tokens)
+            self._layout = Layout.of(self._static, self.buckets, self._max_tokens)
         return self._layout
 
     def check(self, slot: InputSlot) -> None:
         """Refuse a slot that the others leave no room for."""
-        name, static = slot.name, sum(other.static for other in self.by_name.values())
-        if slot.static and static >= MAX_SLOTS:
+        name = slot.name
+        if slot.static and len(self._static) >= MAX_SLOTS:
             raise ValueError(
                 f"slot {name!r} is one too many: a fill launches a row of thread blocks for each, of which a "
                 f"grid has at most {MAX_SLOTS:,}; put several inputs into one slot"
@@ -253,10 +254,12 @@ class SlotSet:
 
     def add(self, slot: InputSlot, resolve: Any, set_data: Any) -> None:
         """Give `slot` its name, and a static one its position and its axis."""
-        static = [other for other in self.by_name.values() if other.static]
         if slot.static:
-            axes = dict.fromkeys(["tokens", *(other.axis for other in (*static, slot) if other.axis is not None)])
-            slot.bind(len(static), -1 if slot.axis is None else list(axes).index(slot.axis), resolve, set_data)
+            if slot.axis is not None and slot.axis not in self._axes:
+                self._axes.append(slot.axis)
+            axis_index = -1 if slot.axis is None else self._axes.index(slot.axis)
+            slot.bind(len(self._static), axis_index, resolve, set_data)
+            self._static.append(slot)
             self._layout = None
         self.by_name[slot.name] = slot
 

@@ -18,20 +18,9 @@ from .._cuda import kernels
 from ..errors import ClosedError
 from ..pool.spec import BufferSpec, is_bfloat16, resolve_dtype
 from ..resource import Shown
-from .pad import ITEM_BYTES, resolve_pad
+from .conversion import Conversion
 
-__all__ = ["CONVERSIONS", "InputSlot"]
-
-CONVERSIONS = {
-    ("int64", "int32"): kernels.I64_I32,
-    ("int32", "int64"): kernels.I32_I64,
-    ("float64", "float32"): kernels.F64_F32,
-    ("float32", "float16"): kernels.F32_F16,
-    ("float16", "float32"): kernels.F16_F32,
-    ("float32", "bfloat16"): kernels.F32_BF16,
-    ("bfloat16", "float32"): kernels.BF16_F32,
-}
-"""(staged type, slot's type) -> what `fill_slots` calls the conversion."""
+__all__ = ["InputSlot"]
 
 RESERVED = frozenset(
     "self inputs num_tokens each at_least max_padding timeout fn sizes progress warm_up verify".split()
@@ -51,10 +40,6 @@ class InputSlot(Shown):
     name : str
     spec : BufferSpec
         Capacity and element type of the slot.
-    pad : scalar or str
-        What fills the part of a bucket that a step does not use: a value, "repeat_last" or "keep".
-    index : bool
-        Whether kernels use the values as indices, so that stale ones would read out of bounds.
     axis : str or None
         The size that the slot's first dimension follows; None for a slot that is always staged whole.
     extra : int
@@ -66,9 +51,8 @@ class InputSlot(Shown):
     """
 
     __slots__ = (
-        "_pad_words", "_resolve", "_set", "axis", "axis_index", "capacity", "checked", "columns_word", "extra", "flat",
-        "index", "max_live", "name", "operation", "pad", "pad_mode", "position", "source_dtype", "spec", "static",
-        "unit", "width", "word",
+        "_bound", "axis", "axis_index", "checked", "columns_word", "conversion", "extra", "flat", "max_live", "name",
+        "position", "source_dtype", "spec", "static", "width",
     )  # fmt: skip
 
     def __init__(
@@ -92,41 +76,36 @@ class InputSlot(Shown):
             raise ValueError(
                 f"slot {name!r}: shape {spec.shape} holds no elements: give at least one dimension, all >= 1"
             )
-        self.name, self.spec, self.static, self.index = name, spec, bool(static), bool(index)
+        self.name, self.spec, self.static = name, spec, bool(static)
         self.axis, self.extra = _parse_axis(name, axis)
-        self.capacity = spec.shape[0]
         self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
         self.source_dtype = spec.dtype if source_dtype is None else resolve_dtype(source_dtype)
-        self.operation = self._find_conversion()
-        # What the kernel moves: elements of 1, 2, 4, 8 or 16 bytes, or the single bytes of any other, as of a record.
-        self.unit = 1 if spec.dtype.itemsize in ITEM_BYTES else spec.dtype.itemsize
-        self.flat = len(spec.shape) == 1 and self.unit == 1
-        self.pad = pad
-        self.pad_mode, self._pad_words = resolve_pad(name, pad, spec.dtype, index=index)
+        self.conversion = Conversion.of(name, self.source_dtype, spec.dtype, self.width, pad, bool(index))
+        self.flat = len(spec.shape) == 1 and self.conversion.unit == 1
         elements = self.capacity * self.width
         self.max_live = elements if max_live is None else operator.index(max_live)
         if not 1 <= self.max_live <= elements:
             raise ValueError(f"slot {name!r}: max_live is {max_live}; the slot holds 1 to {elements} elements")
-        self.checked = range_check and self.operation == kernels.I64_I32
-        self.position = self.word = self.columns_word = self.axis_index = -1
+        self.checked = range_check and self.conversion.operation == kernels.I64_I32
+        self.position = self.columns_word = self.axis_index = -1
         # Weak, so that a manager is in no reference cycle: what dies in one Numba destroys in whatever thread the
         # collector runs, context or none.
-        self._resolve: weakref.WeakMethod[Callable[[InputSlot], Any]] | None = None
-        self._set: weakref.WeakMethod[Callable[[InputSlot, Any], None]] | None = None
+        self._bound: tuple[weakref.WeakMethod[Any], weakref.WeakMethod[Any]] | None = None
 
-    def _find_conversion(self) -> int:
-        source, target = self.source_dtype, self.spec.dtype
-        if self.index and target.kind not in "iu":
-            raise TypeError(
-                f"slot {self.name!r} holds indices, and its elements are {target}: give an integer type, or index=False"
-            )
-        if source == target:
-            return kernels.RAW
-        found = CONVERSIONS.get((source.name, target.name))
-        if found is None:
-            known = ", ".join(f"{a} to {b}" for a, b in CONVERSIONS)
-            raise TypeError(f"slot {self.name!r}: no conversion from {source} to {target}; there are {known}")
-        return found
+    @property
+    def capacity(self) -> int:
+        """Rows that the slot holds."""
+        return self.spec.shape[0]
+
+    @property
+    def pad(self) -> Any:
+        """What fills the part of a bucket that a step does not use: a value, "repeat_last" or "keep"."""
+        return self.conversion.pad
+
+    @property
+    def index(self) -> bool:
+        """Whether kernels use the values as indices, so that stale ones would read out of bounds."""
+        return self.conversion.index
 
     @property
     def array(self) -> Any:
@@ -134,7 +113,7 @@ class InputSlot(Shown):
 
         None for a slot that is not static. bfloat16 is shown as uint16, which is what Numba can type.
         """
-        return None if self._resolve is None else self._alive(self._resolve)(self)
+        return None if self._bound is None else self._alive(self._bound[0])(self)
 
     def set_data(self, data: Any) -> None:
         """Stage `data` into this slot alone, padded to its own bucket; the other slots keep what they hold.
@@ -153,9 +132,9 @@ class InputSlot(Shown):
         -----
         Streams: queued on the manager's stream. Capture: refused inside one.
         """
-        if self._set is None:
+        if self._bound is None:
             raise TypeError(f"slot {self.name!r} is not static: its values pass through stage_inputs untouched")
-        self._alive(self._set)(self, data)
+        self._alive(self._bound[1])(self, data)
 
     def _alive(self, method: weakref.WeakMethod[Any]) -> Any:
         bound = method()
@@ -175,26 +154,16 @@ class InputSlot(Shown):
         Both are methods of the manager, which the slot does not keep alive.
         """
         self.position, self.axis_index = position, axis_index
-        self.word = position * kernels.LIVE
-        self.columns_word = self.word + kernels.COLUMNS
-        self._resolve, self._set = weakref.WeakMethod(resolve), weakref.WeakMethod(set_data)
+        self.columns_word = position * kernels.LIVE + kernels.COLUMNS
+        self._bound = weakref.WeakMethod(resolve), weakref.WeakMethod(set_data)
 
     def rows(self, sizes: tuple[int, ...]) -> int:
         """Return the slot's rows in a step of `sizes`, in the order of the axes."""
         return sizes[self.axis_index] + self.extra if self.axis_index >= 0 else self.capacity
 
     def table_row(self, source: int, target: int) -> list[int]:
-        """The slot's row of the fill table: from `source` bytes into a staging block to the address `target`."""
-        row = [0] * kernels.ROW
-        row[kernels.SOURCE] = source
-        row[kernels.TARGET] = target
-        row[kernels.OPERATION] = self.operation
-        row[kernels.SOURCE_ITEM] = self.source_dtype.itemsize // self.unit
-        row[kernels.TARGET_ITEM] = self.spec.dtype.itemsize // self.unit
-        row[kernels.PITCH] = self.width * self.unit
-        row[kernels.PAD_MODE] = self.pad_mode
-        row[kernels.PAD_LOW], row[kernels.PAD_HIGH] = self._pad_words
-        return row
+        """Return the slot's row of the fill table: from `source` bytes into a block to the address `target`."""
+        return self.conversion.table_row(source, target, self.source_dtype, self.spec.dtype)
 
     def on_host(self, data: Any) -> np.ndarray:
         """Return `data` as an array, refusing one of the device, which NumPy might copy back without a word."""
@@ -296,9 +265,11 @@ class InputSlot(Shown):
 
     def describe(self, words: Any, live: int, columns: int, padded: int) -> None:
         """Write into a block's words: `live` staged rows of `columns` elements, padded to `padded` rows."""
-        at, width = self.word, self.width * self.unit
-        columns *= self.unit
-        if self.flat or (columns == width and self.pad_mode != kernels.PAD_REPEAT):
+        conversion, at = self.conversion, self.columns_word - kernels.COLUMNS
+        unit = conversion.unit
+        width = self.width * unit
+        columns *= unit
+        if self.flat or (columns == width and conversion.pad_mode != kernels.PAD_REPEAT):
             # One long row; for rows that are repeated as a whole the kernel has to know where they begin.
             words[at + kernels.ROWS] = words[at + kernels.PADDED_ROWS] = 1
             words[at + kernels.COLUMNS] = live * width

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from numbabuf import _cuda
 from numbabuf._cuda import kernels
-from numbabuf.step.slot import CONVERSIONS
+from numbabuf.step.conversion import CONVERSIONS
 
 SIM = _cuda.SIM
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -6,14 +6,15 @@ import pytest
 
 from numbabuf import BufferSpec
 from numbabuf._cuda import kernels
-from numbabuf.step.slot import CONVERSIONS, InputSlot
+from numbabuf.step.conversion import CONVERSIONS
+from numbabuf.step.slot import InputSlot
 
 
 def make(spec=None, **options):
     options = {"pad": 0, "axis": "tokens", "source_dtype": None, "max_live": None} | options
     options = {"static": True, "index": False, "range_check": True} | options
     slot = InputSlot("x", spec or BufferSpec(8, "int64"), **options)
-    slot.position, slot.word, slot.columns_word = 0, 0, kernels.COLUMNS
+    slot.position, slot.columns_word = 0, kernels.COLUMNS
     return slot
 
 
@@ -171,7 +172,7 @@ def test_what_is_no_array_is_named():
 def test_every_conversion_can_be_registered():
     for source, target in CONVERSIONS:
         slot = make(BufferSpec(8, target), source_dtype=source)
-        assert slot.operation != kernels.RAW
+        assert slot.conversion.operation != kernels.RAW
         assert slot.coerce(np.zeros(2, ml_dtypes.bfloat16 if source == "bfloat16" else source), 2).size == 2
 
 
