@@ -76,9 +76,7 @@ class Cost:
         x = np.asarray(sizes, np.float64)
         costs = x if self.step is None else np.asarray(self.step(x), np.float64)
         if costs.shape != x.shape or not np.isfinite(costs).all():
-            raise ValueError(
-                f"Cost.step must return one finite cost a size, shape {x.shape}; found {costs!r}"
-            )
+            raise ValueError(f"Cost.step must return one finite cost a size, shape {x.shape}; found {costs!r}")
         return costs
 
     def bill(self, sizes: ArrayLike, buckets: ArrayLike, captures: int | None = None) -> float:
@@ -128,9 +126,7 @@ def validate(sizes: Iterable[int], max_size: int) -> tuple[int, ...]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, which is max_size={max_size}; leave it out, or raise that") from None
     if not found:
-        raise ValueError(
-            f"a bucket list needs at least one size; found none: give sizes from 1 to {max_size}"
-        )
+        raise ValueError(f"a bucket list needs at least one size; found none: give sizes from 1 to {max_size}")
     return tuple(sorted({int(size) for size in found}))
 
 
@@ -142,9 +138,7 @@ def padded(sizes: ArrayLike, buckets: ArrayLike) -> Ints:
     return np.where(i < b.size, b[np.minimum(i, b.size - 1)], x)
 
 
-def plan(
-    demand: Demand, k: int, *, max_size: int, prior: float | Demand = UNSEEN, cost: Cost | None = None
-) -> Ints:
+def plan(demand: Demand, k: int, *, max_size: int, prior: float | Demand = UNSEEN, cost: Cost | None = None) -> Ints:
     """Return the bucket sizes of least expected cost for a demand.
 
     Parameters
@@ -188,9 +182,7 @@ def plan(
         extra, extra_weights = _histogram(prior)
     else:
         if not 0 <= prior < 1:
-            raise ValueError(
-                f"prior must be a share of the demand from 0 to below 1, or a demand; found {prior!r}"
-            )
+            raise ValueError(f"prior must be a share of the demand from 0 to below 1, or a demand; found {prior!r}")
         share = prior * total / (1 - prior) if total else 1.0
         extra, extra_weights = grid, np.full(grid.size, share / grid.size)
     # The grid and the maximum are candidates in any case, at no weight, so that k sizes can always be found.
@@ -231,9 +223,7 @@ def _best(x: Ints, weight: Floats, k: int, price: Floats, fee: Floats) -> Ints:
 def _merge(*parts: tuple[Ints, Floats]) -> tuple[Ints, Floats]:
     """Unite weighted sizes into increasing sizes without repeats and the sums of their weights."""
     x, where = np.unique(np.concatenate([sizes for sizes, _ in parts]), return_inverse=True)
-    weight: Floats = np.bincount(where, np.concatenate([w for _, w in parts]), minlength=x.size).astype(
-        np.float64
-    )
+    weight: Floats = np.bincount(where, np.concatenate([w for _, w in parts]), minlength=x.size).astype(np.float64)
     return x, weight
 
 

@@ -338,9 +338,7 @@ def _four_per_doubling(largest: int) -> tuple[int, ...]:
 def _increasing(buckets: Iterable[int]) -> tuple[int, ...]:
     sizes = tuple(whole_number("a bucket", size, least=1, most=MAX_SIZE) for size in buckets)
     if not sizes or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
-        raise ValueError(
-            f"buckets must be one size or more, increasing; found {sizes}: sort them, without repeats"
-        )
+        raise ValueError(f"buckets must be one size or more, increasing; found {sizes}: sort them, without repeats")
     return sizes
 
 

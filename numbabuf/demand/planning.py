@@ -55,9 +55,7 @@ class SizeList:
         return tuple(size for size in full if size <= max_size) or (full[0],)
 
 
-POWERS_OF_TWO = SizeList(
-    "powers of two", "1, 2, 4, ... up to the largest size", lambda m: list(powers_of_two(m))
-)
+POWERS_OF_TWO = SizeList("powers of two", "1, 2, 4, ... up to the largest size", lambda m: list(powers_of_two(m)))
 VLLM = SizeList(
     "vLLM",
     "vllm/config/vllm.py, _set_cudagraph_sizes: 1, 2, 4, every 8 below 256, every 16 to 512",
@@ -174,8 +172,7 @@ class Comparison:
         colours = ["tab:green"] + ["tab:gray"] * (len(names) - 1)
         bars = ax.barh(names, [100 * fit.padding for fit in self.fits], color=colours)
         labels = [
-            f"{100 * fit.padding:.1f} %"
-            + (f", {100 * (1 - fit.covered):.1f} % uncovered" if fit.covered < 1 else "")
+            f"{100 * fit.padding:.1f} %" + (f", {100 * (1 - fit.covered):.1f} % uncovered" if fit.covered < 1 else "")
             for fit in self.fits
         ]
         ax.bar_label(bars, labels, padding=3)
@@ -220,9 +217,7 @@ def compare(sizes: ArrayLike, k: int, *, max_size: int | None = None, cost: Cost
     """
     x = np.asarray(sizes)
     if x.ndim != 1 or not x.size or x.dtype.kind not in "iu":
-        raise ValueError(
-            f"a stream of sizes must be whole numbers in one dimension; found {x.dtype}, shape {x.shape}"
-        )
+        raise ValueError(f"a stream of sizes must be whole numbers in one dimension; found {x.dtype}, shape {x.shape}")
     x = x.astype(np.int64)
     if x.min() < 1:
         raise ValueError(f"a stream of sizes must be whole numbers from 1; found {x.min()}")

@@ -59,7 +59,6 @@ class Step(Shown, Mapping[str, Any]):
         return f"Step({', '.join(f'{axis}={size}' for axis, size in self.bucket.items())})"
 
 
-
 _numbers = itertools.count(1)
 
 
@@ -122,7 +121,6 @@ class CapturedStep(Shown):
 
     def __repr__(self) -> str:
         return f"CapturedStep({self.step!r}, {self.steps} runs)"
-
 
 
 @contextlib.contextmanager

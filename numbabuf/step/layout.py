@@ -201,9 +201,7 @@ class Layout:
         given = dict(size) if isinstance(size, Mapping) else {"tokens": size}
         unknown = set(given) - set(self.axes)
         if unknown:
-            raise ValueError(
-                f"size {size!r} names {', '.join(sorted(unknown))}; the axes are {', '.join(self.axes)}"
-            )
+            raise ValueError(f"size {size!r} names {', '.join(sorted(unknown))}; the axes are {', '.join(self.axes)}")
         largest = zip(self.axes, self.buckets, strict=True)
         sizes = tuple(whole_number(axis, given.get(axis, buckets[-1])) for axis, buckets in largest)
         for axis, value, limit in zip(self.axes, sizes, self.limits, strict=True):

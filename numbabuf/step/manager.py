@@ -637,7 +637,6 @@ class InputBufferManager(Resource):
         return f"{name}({len(self.slots)} slots, {self.max_tokens} tokens, ring={shared.depth}, {state})"
 
 
-
 # ------------------------------------------------------------------------------------------------------------- fork
 
 _managers: weakref.WeakSet[InputBufferManager] = weakref.WeakSet()
@@ -645,7 +644,7 @@ _managers: weakref.WeakSet[InputBufferManager] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for manager in list(_managers):
-        manager._disown()
+        manager._disown()  # noqa: SLF001 - the class above
 
 
 _cuda.watch_forks(_after_fork_in_child)

@@ -118,9 +118,7 @@ class Overflow:
         self.count = 0
         self._warned = False
 
-    def run(
-        self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...], each: Any
-    ) -> Any:
+    def run(self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...], each: Any) -> Any:
         """Run a step of `program` that none of its graphs covers, or raise."""
         if not program.graphs:
             raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
@@ -141,9 +139,7 @@ class Overflow:
         self.count += 1
         graphs.retire(target)
 
-    def _eager(
-        self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...]
-    ) -> Any:
+    def _eager(self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...]) -> Any:
         """Run fill and function without a graph."""
         if program.function is None:
             raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")

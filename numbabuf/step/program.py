@@ -376,9 +376,7 @@ class Program(Resource):
         with shared.capturing.held():
             with shared.working("capture") as arena:
                 self._check_open()
-                recording = shared.recording(
-                    arena, self.layout.bucket_of(shared.begin_step(arena, num_tokens, sizes))
-                )
+                recording = shared.recording(arena, self.layout.bucket_of(shared.begin_step(arena, num_tokens, sizes)))
             with recording as graph:
                 yield graph.step
             with shared.lock:
@@ -491,7 +489,6 @@ class Program(Resource):
 
     def __repr__(self) -> str:
         return f"Program({self.name!r}, {'closed' if self.closed else f'{len(self.graphs)} graphs'})"
-
 
 
 def _size(graph: CapturedStep) -> CapturedSize:

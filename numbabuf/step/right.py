@@ -110,9 +110,7 @@ class CaptureRight:
         if wait and _cuda.capturing():
             raise CaptureError("this thread already has a capture open: end it before beginning another")
         if wait and self.thread == get_ident():
-            raise CaptureError(
-                "this thread is capturing with this manager: a captured function cannot capture others"
-            )
+            raise CaptureError("this thread is capturing with this manager: a captured function cannot capture others")
         with self._right.held(wait=wait):
             yield
 

@@ -285,7 +285,6 @@ class InputSlot(Shown):
         return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
 
 
-
 def _on_device(data: Any) -> bool:
     """Whether `data`, no ndarray, is in memory that the host does not read."""
     if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):

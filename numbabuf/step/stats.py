@@ -35,7 +35,6 @@ class ProgramStats(Shown):
         return self.padded_tokens / self.live_tokens - 1 if self.live_tokens else 0.0
 
 
-
 @dataclass(frozen=True)
 class ManagerStats(Shown):
     """What a manager did, at one moment.

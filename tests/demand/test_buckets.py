@@ -51,9 +51,7 @@ def test_validate_sorts_and_drops_repeats():
     assert all(type(size) is int for size in found)
 
 
-@pytest.mark.parametrize(
-    "sizes", [[0], [-1], [17], [2.0], [True], ["4"], [None], [float("nan")], []], ids=repr
-)
+@pytest.mark.parametrize("sizes", [[0], [-1], [17], [2.0], [True], ["4"], [None], [float("nan")], []], ids=repr)
 def test_validate_refuses(sizes):
     with pytest.raises(ValueError, match="sizes"):
         validate(sizes, 16)

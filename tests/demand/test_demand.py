@@ -346,10 +346,7 @@ def test_a_model_has_one_owner_until_it_is_let_go():
 
 
 def workers(streams, window=12, **options):
-    return [
-        feed(DemandModel(window, clock=ticking(i * 0.37), **options), sizes)
-        for i, sizes in enumerate(streams)
-    ]
+    return [feed(DemandModel(window, clock=ticking(i * 0.37), **options), sizes) for i, sizes in enumerate(streams)]
 
 
 @given(st.lists(SIZES, min_size=3, max_size=3), st.permutations(range(3)))

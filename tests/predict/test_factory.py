@@ -36,9 +36,12 @@ def test_budgets_reach_the_pool():
     with create_input_buffer_manager(1, 8, use_hierarchical=True, **budgets) as manager:
         manager.stage_inputs({}, 1)
         assert manager.pool.stats().reserved_bytes <= (1 << 16) + (1 << 15)
-    with pytest.raises(MemoryError), create_input_buffer_manager(
-        64, 64, use_hierarchical=True, device_bytes=1 << 10, pinned_bytes=1 << 10
-    ) as manager:
+    with (
+        pytest.raises(MemoryError),
+        create_input_buffer_manager(
+            64, 64, use_hierarchical=True, device_bytes=1 << 10, pinned_bytes=1 << 10
+        ) as manager,
+    ):
         manager.stage_inputs({}, 1)
 
 

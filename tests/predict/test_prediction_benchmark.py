@@ -58,11 +58,7 @@ def test_belady_is_the_best_without_prefetch(ids, k):
 def test_hindsight_is_the_best_of_all_lists(sizes, k):
     x = np.array(sizes)
     some = np.unique(x)
-    lists = (
-        (*c, some[-1])
-        for n in range(min(k, some.size))
-        for c in itertools.combinations(some[:-1].tolist(), n)
-    )
+    lists = ((*c, some[-1]) for n in range(min(k, some.size)) for c in itertools.combinations(some[:-1].tolist(), n))
     found = prediction.hindsight(x, k)
     assert len(found) <= k and found[-1] == x.max()
     assert padded(x, found).sum() == min(padded(x, c).sum() for c in lists)
