@@ -24,7 +24,7 @@ except ImportError:  # numba without numba-cuda: `require` refuses, with the rem
 from ..errors import BackendError
 from .driver_capture import Graph, Recorder, hook, is_capture_error, unhook
 from .exchange import host_exporter
-from .thread import Lifetime, become_ready, this_thread
+from .thread import Lifetime, become_ready, once, this_thread
 
 if TYPE_CHECKING:
     from . import backend
@@ -116,7 +116,7 @@ def _current_lifetime() -> Lifetime:
 _LIFETIME = "numbabuf.lifetime"
 
 
-@functools.cache
+@once
 def _watch_resets() -> None:
     """Have the objects of a context told when Numba resets it: their memory is gone then, the pinned part too.
 

@@ -17,7 +17,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from .exchange import host_exporter
 from .open_captures import WAIT, open_capture, refusal
 from .simulator_capture import Graph, NumbaStream, Recorder, RecordingStream, install
-from .thread import Lifetime, become_ready, this_thread
+from .thread import Lifetime, become_ready, once, this_thread
 
 if TYPE_CHECKING:
     from . import backend
@@ -49,9 +49,8 @@ def _attach() -> Lifetime:
     return _life[0]
 
 
+@once
 def _watch_closing() -> None:
-    if getattr(cuda.close, "numbabuf", False):
-        return
     original = cuda.close
 
     def close() -> None:
@@ -59,7 +58,6 @@ def _watch_closing() -> None:
         ended.end()
         original()
 
-    close.numbabuf = True  # type: ignore[attr-defined]
     cuda.close = close
 
 

@@ -19,6 +19,7 @@ from numba.cuda.simulator.kernel import FakeCUDAKernel
 
 from ..errors import CaptureError
 from .open_captures import ALLOCATION, WAIT, WRITE, OpenCapture, elsewhere, open_capture, refusing
+from .thread import once
 
 __all__ = ["Graph", "NumbaStream", "Recorder", "RecordingStream", "install"]
 
@@ -188,18 +189,9 @@ _ALLOCATING = (
 )  # fmt: skip
 
 
+@once
 def install() -> None:
-    """Replace what the simulator cannot do in a capture; once, by whoever needs it first."""
-    with _lock:
-        if not _installed:
-            _installed.append(True)
-            _replace()
-
-
-_installed: list[bool] = []
-
-
-def _replace() -> None:
+    """Replace what the simulator cannot do in a capture."""
     for name in _ALLOCATING:
         if hasattr(cuda, name):
             setattr(cuda, name, refusing(getattr(cuda, name), *ALLOCATION))

@@ -5,6 +5,7 @@ Knows no driver. Sits below both backends.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from ..errors import BackendError
 
-__all__ = ["Lifetime", "become_ready", "this_thread", "watch_forks"]
+__all__ = ["Lifetime", "become_ready", "once", "this_thread", "watch_forks"]
 
 _HOW_TO = (
     "To run on a GPU: pip install numbabuf[cu13] (or [cu12]) on a machine with an NVIDIA driver. "
@@ -73,6 +74,25 @@ def become_ready(attempt: Callable[[], Lifetime]) -> None:
     except Exception as error:
         raise BackendError(f"no CUDA device can be used ({type(error).__name__}: {error}). {_HOW_TO}") from error
     this_thread.ready = True
+
+
+def once(act: Callable[[], None]) -> Callable[[], None]:
+    """Have `act` done once, and have every thread that comes meanwhile wait until it is.
+
+    Not `functools.cache`: A finds nothing remembered and begins, B finds nothing either and does it again, and wraps
+    the function of Numba's that A has wrapped already.
+    """
+    lock, done = threading.Lock(), []
+
+    @functools.wraps(act)
+    def at_most_once() -> None:
+        if not done:
+            with lock:
+                if not done:
+                    act()
+                    done.append(True)
+
+    return at_most_once
 
 
 # ---------------------------------------------------------------------------------------------------------------- fork

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import kit
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from numba import cuda
 
 from numbabuf import CaptureError, _cuda
+from numbabuf._cuda.thread import once
 
 CLOSED = """
 import contextlib, itertools, threading, warnings
@@ -172,6 +174,23 @@ def test_an_event_orders_streams_whichever_waits():
         other.synchronize()
         assert event.query() and one.query() and other.query()
     assert kit.to_host(counter, first.numba).tolist() == [6]
+
+
+def test_what_is_done_once_is_done_once_by_many_threads():
+    done, barrier = [], threading.Barrier(4)
+
+    @once
+    def act():
+        done.append(threading.get_ident())
+        kit.collect()  # time for the others to come
+
+    def work():
+        barrier.wait()
+        act()
+        return len(done)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: work(), range(4))) == [1] * 4
 
 
 # ------------------------------------------------------------------------------------------------------- open captures
