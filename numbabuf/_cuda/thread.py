@@ -82,7 +82,8 @@ def once(act: Callable[[], None]) -> Callable[[], None]:
     Not `functools.cache`: A finds nothing remembered and begins, B finds nothing either and does it again, and wraps
     the function of Numba's that A has wrapped already.
     """
-    lock, done = threading.Lock(), []
+    lock = threading.Lock()
+    done: list[bool] = []
 
     @functools.wraps(act)
     def at_most_once() -> None:
