@@ -16,34 +16,14 @@ import numpy as np
 
 from .. import _cuda
 from ..errors import BackendError, CaptureError, ClosedError, TierFullError
-from .spec import BufferSpec, Tier
+from .spec import BufferSpec, Tier, line_key
 
 __all__ = [
-    "EXACT_ABOVE", "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "refuse_foreign", "same_memory",
-    "same_stream", "size_class",
+    "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "refuse_foreign", "same_memory", "same_stream",
 ]  # fmt: skip
-
-EXACT_ABOVE = 16 << 20
-"""Requests above this many bytes are not rounded up."""
 
 _MAX_VIEWS = 16
 """Typed views remembered per block; a block that serves more specs than this forgets them all and begins anew."""
-
-
-def size_class(nbytes: int) -> int:
-    """Return `nbytes` rounded up to its size class: eight classes per power of two, exact above 16 MiB.
-
-    The waste stays below an eighth of the request: the step between classes is an eighth of the power of two below it.
-
-    Examples
-    --------
-    >>> size_class(1000), size_class(1025), size_class(16 << 20), size_class((16 << 20) + 1)
-    (1024, 1152, 16777216, 16777217)
-    """
-    if nbytes > EXACT_ABOVE:
-        return nbytes
-    step = 1 << max(0, (nbytes - 1).bit_length() - 4)
-    return -(-nbytes // step) * step
 
 
 class Pin:
@@ -66,8 +46,10 @@ class Block:
         What the block is, or was last, leased as.
     array
         The typed view for `spec`.
+    line : int
+        The key of the free list of its capacity.
     home
-        Puts the block's ticket on the shelf of `spec`: the append method of that shelf.
+        Puts the block's ticket on that free list: the append method of its ready line.
     plain : bool
         Whether a release may put the block straight back: nothing is known but "leased by one owner, no queued work".
     generation : int
@@ -78,8 +60,10 @@ class Block:
         The generation after which the block was last known to have no queued work; see `clean`.
     users : tuple of streams
         Streams with queued work on the block, besides the releasing one.
-    events : list of (stream, event)
-        Marks after which the block is done, one per stream that used the last lease.
+    recasts : int
+        Number of leases that found the block with another spec than theirs.
+    fence : Fence or None
+        Behind the work of the last lease, of an idle or deferred block that other streams may still use.
     pins : dict of int to weakref of Pin
         By thread, as two that capture at once would overwrite each other's.
     pool
@@ -93,8 +77,9 @@ class Block:
     """
 
     __slots__ = (
-        "__weakref__", "address", "array", "base", "captured", "clean_at", "device", "device_views", "events",
-        "generation", "home", "life", "nbytes", "pins", "plain", "pool", "site", "spec", "tier", "users", "views",
+        "__weakref__", "address", "array", "base", "captured", "clean_at", "device", "device_views", "fence",
+        "generation", "home", "life", "line", "nbytes", "pins", "plain", "pool", "recasts", "site", "spec", "tier",
+        "users", "views",
     )  # fmt: skip
 
     home: Any
@@ -112,11 +97,12 @@ class Block:
         self.address = _cuda.address(self.base)
         self.views: dict[BufferSpec, Any] = {}
         self.device_views: dict[BufferSpec, Any] = {}
-        self.generation = 0
+        self.line = line_key(spec.tier, nbytes)
+        self.generation = self.recasts = 0
         self.clean_at = 0
         self.captured: Any = None
         self.users: tuple[Any, ...] = ()
-        self.events: list[tuple[Any, Any]] = []
+        self.fence: Any = None
         self.pins: dict[int, weakref.ref[Pin]] = {}
         self.plain = True
         self.pool: Any = None
@@ -247,16 +233,15 @@ def line_of(stream: _cuda.Stream) -> object:
 
 
 class Ticket:
-    """The right to a block; there is one per block, held by a shelf of the pool or by the one who leased it.
+    """The right to a block; there is one per block, held by a free list of the pool or by the one who leased it.
 
     The pool keeps no other reference to a ticket in somebody's hands, so a ticket that dies there was lost.
     """
 
-    __slots__ = ("_token", "block", "placed")
+    __slots__ = ("_token", "block")
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self.placed = False  # whether the pool has it back from a release that is not plain
         self._token = np.empty(0, np.uint8)  # what `Alarm` watches
 
 
@@ -268,7 +253,7 @@ class Alarm(weakref.ref):  # type: ignore[type-arg]
 
     A finaliser of the ticket would not do. In a dead cycle the collector runs all finalisers before it drops anything:
     the ticket's, too, where another finaliser of that cycle is about to release the entry, or has just released it, so
-    that the ticket is on its shelf, or leased anew. A NumPy array is none of the collector's business; it dies with
+    that the ticket is on its free list, or leased anew. A NumPy array is none of the collector's business; it dies with
     the last reference to it, and only then.
     """
 

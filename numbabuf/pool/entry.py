@@ -104,7 +104,7 @@ class BufferEntry(Shown):
         # atomic, with the interpreter's lock and without it. A pair of threads that release the same entry:
         #   A: pops the ticket
         #   B: finds the list empty, raises StaleBufferError
-        #   A: puts the ticket on its shelf; C may lease it there at once, with an entry and a list of its own.
+        #   A: puts the ticket on its free list; C may lease it there at once, with an entry and a list of its own.
         try:
             ticket = self._held.pop()
         except IndexError:
@@ -120,15 +120,13 @@ class BufferEntry(Shown):
             self._release_slowly(ticket, block, stream)
 
     def _release_slowly(self, ticket: Ticket, block: Block, stream: _cuda.StreamLike | None) -> None:
-        ticket.placed = False
         try:
             pool = block.pool()
             if pool is not None:  # if it is gone, nobody else will use the memory
                 self._site = pool._take_back(ticket, stream)
-        except BaseException:
-            if not ticket.placed:  # an interrupt may come when the pool has it already, and may have leased it anew
-                self._held.append(ticket)
-            raise
+        except Exception:
+            self._held.append(ticket)
+            raise  # an interrupt ends the lease: the pool may have the ticket already, and may have leased it anew
 
     def _arrive_late(self, block: Block) -> None:
         pool = block.pool()
@@ -287,7 +285,6 @@ class BufferEntry(Shown):
 
     def __repr__(self) -> str:
         return f"<BufferEntry {self.spec} {self.state.value}>"
-
 
 
 _DEFAULTS = {"_site": "", "_state": BufferState.ALLOCATED, "last_used": None, "use_count": 0}

@@ -22,7 +22,6 @@ from ..resource import Resource
 from .block import Ledger, Ticket, refuse_captured
 from .entry import BufferEntry
 from .oom import Ladder
-from .ordering import REUSE
 from .spec import BufferSpec, Tier
 from .stats import Frozen, OomSteps, PoolStats, Scope, caller
 from .store import Store
@@ -73,7 +72,6 @@ class BufferPool(Resource):
         """Free idle memory and refuse further leases; leased buffers stay valid until released. Idempotent."""
 
 
-
 class Limits(MutableMapping[Tier, "int | None"]):
     """The limits of a pool in bytes, by tier; None for none. Assigning an item changes a limit."""
 
@@ -102,7 +100,7 @@ class Limits(MutableMapping[Tier, "int | None"]):
 
 
 class SimpleBufferPool(BufferPool):
-    """A pool that reuses memory of the same spec, then of the same size class, then asks the driver.
+    """A pool that reuses memory of the same capacity, then of less than twice that, then asks the driver.
 
     Parameters
     ----------
@@ -110,11 +108,6 @@ class SimpleBufferPool(BufferPool):
         Limit of device and managed memory together, in bytes; None for what the driver gives.
     max_pinned_bytes
         Limit of pinned memory, in bytes.
-    reuse : {"wait", "done", "same"}
-        Who may have device memory that was released on one stream. "wait": anybody; another stream is made to wait by
-        an event, the host never waits. "done": another stream only once the work is done. "same": only the stream it
-        was released on. Memory that the CPU reads (pinned, managed) is always "done", because the next to write it is
-        the CPU.
     on_oom
         Called with the number of bytes asked for when nothing else has made room, at most once per request; it may
         release buffers, of this pool too. The request is tried once more after it.
@@ -124,14 +117,16 @@ class SimpleBufferPool(BufferPool):
     Raises
     ------
     ValueError
-        A limit is negative, or `reuse` is none of the three.
+        A limit is negative.
 
     Notes
     -----
     Threads: every method may be called from any thread. A hit and its release take no lock.
     Streams: the order of work is known from the streams that `allocate`, `release`, `BufferEntry.mark_in_use` and
     `record_stream` were given; None is the default stream for device memory, and the CPU alone for the other tiers.
-    A `reuse` wait costs one driver call; a release with a stream one event.
+    Device memory that was released on one stream serves every other, which is made to wait by an event; the host never
+    waits. Memory that the CPU reads (pinned, managed) is handed out once the work on it is done, because the next to
+    write it is the CPU. A wait costs one driver call; a release with a stream one event.
     Capture: a thread that captures a graph frees, queries and allocates nothing; its releases are put aside until the
     end of the capture, and an allocation that no idle buffer can serve raises CaptureError. Other threads go on. Memory
     that a live graph reads or writes is not handed out again before the graph is closed, even if it is released, but
@@ -163,15 +158,12 @@ class SimpleBufferPool(BufferPool):
         *,
         max_bytes: int | None = None,
         max_pinned_bytes: int | None = None,
-        reuse: str = "wait",
         on_oom: Callable[[int], Any] | None = None,
         events: int = 0,
     ) -> None:
         max_bytes = None if max_bytes is None else whole_number("max_bytes", max_bytes)
         max_pinned_bytes = None if max_pinned_bytes is None else whole_number("max_pinned_bytes", max_pinned_bytes)
-        if reuse not in REUSE:
-            raise ValueError(f'reuse is {reuse!r}; use one of "wait", "done", "same"')
-        self._begin(Store(Ledger(max_bytes, max_pinned_bytes), weakref.ref(self), reuse=reuse, events=events), on_oom)
+        self._begin(Store(Ledger(max_bytes, max_pinned_bytes), weakref.ref(self), events=events), on_oom)
 
     def _begin(self, store: Store, on_oom: Callable[[int], Any] | None) -> None:
         """Start to hand out what `store` holds."""
@@ -179,7 +171,7 @@ class SimpleBufferPool(BufferPool):
             raise TypeError(f"on_oom is {on_oom!r}: give a function of the number of bytes, or None")
         self._store = store
         self._ladder = Ladder(store, on_oom)
-        self._hot = store.shelves.hot
+        self._hot = store.lists.hot
         pools.add(self)
 
     @property
@@ -191,11 +183,6 @@ class SimpleBufferPool(BufferPool):
     def closed(self) -> bool:  # type: ignore[override]
         """Whether the pool was closed, or belongs to another process."""
         return bool(self._store.closed)
-
-    @property
-    def reuse(self) -> str:
-        """Who may have device memory that was released on one stream."""
-        return self._store.order.reuse
 
     # ------------------------------------------------------------------------------------------------------- leases
 
@@ -235,12 +222,37 @@ class SimpleBufferPool(BufferPool):
         # Hot path, guarded by benchmarks/pool.py. The exceptions are the rare way out, and cost nothing otherwise.
         if stream is None and not _open_captures:
             try:
-                ticket = self._hot[spec].pop()
-            except (KeyError, IndexError, TypeError):
-                return self._allocate_slowly(spec, None)
-            ticket.block.generation += 1
+                ticket = self._hot[spec.line].pop()
+            except (KeyError, IndexError, AttributeError):
+                return self._allocate_larger(spec)
+            block = ticket.block
+            if block.spec is not spec and block.spec != spec:
+                self._cast(ticket, spec)
+            else:
+                block.generation += 1
             return BufferEntry(ticket)
         return self._allocate_slowly(spec, stream)
+
+    def _allocate_larger(self, spec: BufferSpec) -> BufferEntry:
+        """Lease a block of less than twice the capacity, still without the lock."""
+        ticket = self._store.lists.pop_larger(spec) if isinstance(spec, BufferSpec) else None
+        if ticket is None:
+            return self._allocate_slowly(spec, None)
+        self._cast(ticket, spec)
+        return BufferEntry(ticket)
+
+    @staticmethod
+    def _cast(ticket: Ticket, spec: BufferSpec) -> None:
+        """Begin the lease of a ready block, which may have been another spec's."""
+        block = ticket.block
+        if block.spec != spec:
+            try:
+                block.become(spec)
+            except BaseException:
+                block.home(ticket)
+                raise
+            block.recasts += 1
+        block.generation += 1
 
     def release(self, entry: BufferEntry, *, stream: _cuda.StreamLike | None = None) -> None:
         """End a lease; the same as ``entry.release(stream=stream)``, for an entry of this pool.
@@ -374,7 +386,7 @@ class SimpleBufferPool(BufferPool):
             )
 
     def trim(self, max_bytes: int) -> int:
-        """Free idle memory, the longest idle of each spec first, until at most `max_bytes` are reserved.
+        """Free idle memory, the largest blocks first, until at most `max_bytes` are reserved.
 
         Parameters
         ----------
@@ -509,6 +521,7 @@ class SimpleBufferPool(BufferPool):
         reserved = store.ledger.total
         counts = store.counts
         allocations = store.past_leases + sum(leases)
+        recasts = store.past_recasts + sum(block.recasts for block in blocks)
         return PoolStats(
             reserved_bytes=reserved,
             in_use_bytes=reserved - sum(idle) - sum(pending),
@@ -523,9 +536,10 @@ class SimpleBufferPool(BufferPool):
             waste_bytes=sum(block.nbytes - block.spec.size_bytes for block in blocks),
             allocations=allocations,
             allocated_bytes=store.past_bytes + sum(n * b.nbytes for n, b in zip(leases, blocks, strict=True)),
-            exact_hits=allocations - counts["class_hits"] - counts["misses"],
-            stream_waits=store.order.waits,
-            lost_streams=store.order.lost_streams,
+            exact_hits=allocations - recasts - counts["misses"],
+            class_hits=recasts,
+            stream_waits=store.fences.waits,
+            lost_streams=store.fences.lost_streams,
             oom=OomSteps(**self._ladder.counts),
             reserved_by_tier=Frozen(store.ledger.reserved),
             **counts,
@@ -602,7 +616,6 @@ class SimpleBufferPool(BufferPool):
     def __repr__(self) -> str:
         store, state = self._store, "closed, " if self.closed else ""
         return f"<{type(self).__name__} {state}{len(store.blocks)} buffers, {store.ledger.total} bytes>"
-
 
 
 def _listed(specs: list[BufferSpec]) -> str:

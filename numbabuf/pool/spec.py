@@ -82,6 +82,34 @@ def resolve_dtype(dtype: DTypeLike) -> np.dtype:
     return resolved
 
 
+EXACT_ABOVE = 16 << 20
+"""Requests above this many bytes are not rounded up."""
+
+
+def size_class(nbytes: int) -> int:
+    """Return `nbytes` rounded up to its size class: eight classes per power of two, exact above 16 MiB.
+
+    The waste stays below an eighth of the request: the step between classes is an eighth of the power of two below it.
+
+    Examples
+    --------
+    >>> size_class(1000), size_class(1025), size_class(16 << 20), size_class((16 << 20) + 1)
+    (1024, 1152, 16777216, 16777217)
+    """
+    if nbytes > EXACT_ABOVE:
+        return nbytes
+    step = 1 << max(0, (nbytes - 1).bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+_TIERS = {tier: at for at, tier in enumerate(Tier)}
+
+
+def line_key(tier: Tier, nbytes: int) -> int:
+    """Return the key of the free list of a capacity in a tier; of one tier, larger keys are larger capacities."""
+    return nbytes * len(_TIERS) + _TIERS[tier]
+
+
 class BufferSpec:
     """Shape, element type and tier of a buffer: a frozen, hashable value.
 
@@ -110,12 +138,14 @@ class BufferSpec:
     True
     """
 
-    __slots__ = ("_hash", "dtype", "shape", "size_bytes", "tier")
+    __slots__ = ("_hash", "dtype", "line", "shape", "size_bytes", "tier")
 
     shape: tuple[int, ...]
     dtype: np.dtype
     tier: Tier
     size_bytes: int
+    line: int
+    """The key of the free list that serves it first."""
 
     def __init__(
         self, shape: int | Sequence[int], dtype: DTypeLike = "float32", tier: Tier | str = Tier.DEVICE
@@ -136,6 +166,7 @@ class BufferSpec:
         put(self, "dtype", resolved)
         put(self, "tier", tier)
         put(self, "size_bytes", nbytes)
+        put(self, "line", line_key(tier, size_class(max(1, nbytes))))
         put(self, "_hash", hash((shape, resolved, tier)))
 
     def __setattr__(self, name: str, value: object = None) -> None:

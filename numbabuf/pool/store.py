@@ -1,7 +1,7 @@
-"""The memory of one pool: taken from the driver within limits, leased, waited for, idle, and given back.
+"""The memory of one pool: taken from the driver within limits, leased, deferred, idle, and given back.
 
-What both pools are made of. It hands out tickets, not leases, and makes no room by itself: who asks is told that there
-is none, and may climb the `ladder`. Sits above `ordering` and `shelves`, below `ladder` and `pool`.
+What both pools are made of. It hands out tickets, not leases, and makes no room by itself: a request that does not fit
+raises, and `oom` decides what to free. Sits above `freelists`, below `oom` and `pool`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,10 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import CaptureError, ClosedError
-from .block import (
-    Alarm,
-    Block,
-    Ledger,
-    Ticket,
-    line_of,
-    refuse_captured,
-    refuse_foreign,
-    same_memory,
-    size_class,
-)
-from .ordering import StreamOrder
-from .shelves import Shelves, pop_fitting, same_class
-from .spec import BufferSpec, Tier
+from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, refuse_foreign, same_memory
+from .fence import Fence, Fences
+from .freelists import FreeLists
+from .spec import BufferSpec, Tier, size_class
 from .stats import Watch
 from .turns import Turns
 
@@ -45,8 +35,6 @@ class Store:
         The account, with the limits.
     owner
         Returns the pool, or None when that is gone; entries find their pool by it.
-    reuse
-        As in `SimpleBufferPool`.
     events
         Capacity of the event ring, 0 for none.
 
@@ -55,7 +43,7 @@ class Store:
     turns : Turns
         The guard of the pool: `step` holds it, and refuses what runs in the middle of its holder.
     lock : threading.RLock
-        That of `turns`; guards everything here but the ends of the shelves' `ready` lines.
+        That of `turns`; guards everything here but the ends of the free lists' `ready` lines.
     closed : str
         Why there are no leases any more; empty while there are.
     blocks : dict of Block to Alarm
@@ -69,70 +57,59 @@ class Store:
 
     Notes
     -----
-    A block is in one place at a time: its ticket is with a leaseholder; on a shelf; pending, released with marks that
-    are not reached and that the next user cannot be put behind; or parked, released in a capture or under a live graph.
-    Or its ticket died, and its alarm is among the lost.
-    Threads: a method takes the lock by itself, but where it says "Lock held" its caller has it.
+    A block is in one place at a time: its ticket is with a leaseholder, on a free list, or deferred: released, and not
+    to be handed out before a fence is reached, a capture has ended or a graph is closed. Or its ticket died, and its
+    alarm is among the lost.
+    Threads: a method takes the lock by itself, but where it says "Lock held" its caller has it. Nothing here is undone
+    for an interrupt; a ticket that one loses is reclaimed as lost.
     """
 
-    def __init__(self, ledger: Ledger, owner: Callable[[], Any], *, reuse: str = "wait", events: int = 0) -> None:
+    def __init__(self, ledger: Ledger, owner: Callable[[], Any], *, events: int = 0) -> None:
         self.closed = ""
         self.watch = Watch(events)
         self._owner = owner
         self.life: _cuda.Lifetime | None = None
-        self._begin(ledger, StreamOrder(reuse))
+        self._begin(ledger)
 
-    def _begin(self, ledger: Ledger, order: StreamOrder) -> None:
+    def _begin(self, ledger: Ledger) -> None:
         """Start without any memory."""
         self.turns = Turns()
         self.lock = self.turns.lock
         self.ledger = ledger
-        self.order = order
-        self.shelves = Shelves()
+        self.fences = Fences()
+        self.lists = FreeLists(self.fences)
         self.blocks: dict[Block, Alarm] = {}
-        self.counts = dict.fromkeys(("class_hits", "misses", "lost", "freed"), 0)
-        self.past_leases = self.past_bytes = 0  # of blocks that were freed
+        self.counts = dict.fromkeys(("misses", "lost", "freed"), 0)
+        self.past_leases = self.past_bytes = self.past_recasts = 0  # of blocks that were freed
         self.peak_count = 0
         self.device: int | None = None
-        self._pending: dict[Any, deque[Ticket]] = {}  # by the stream that released them, oldest left
-        self._parked: list[Ticket] = []
+        self._deferred: deque[Ticket] = deque()  # oldest left
         self._lost: deque[Alarm] = deque()  # those that went off
         self.set_hot()
 
     # ---------------------------------------------------------------------------------------------------- out and back
 
-    def find(self, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Ticket | None, str]:
-        """Take an idle buffer that serves `spec` on `stream`, and say how it was found. Lock held."""
+    def find(self, spec: BufferSpec, stream: Any, bound: int = 2) -> tuple[Ticket | None, str]:
+        """Take an idle block that serves `spec` on `stream`, and say how it was found. Lock held.
+
+        `bound`: a larger block has less than so many times the capacity of `spec`.
+        """
         here = _cuda.open_capture()
         ticket = None if here is None else self._take_captured(spec, stream, here.stream)
-        if ticket is not None:
-            return self._shaped(ticket, spec, stream)
-        for attempt in range(2):
-            shelf = self.shelves.by_spec.get(spec)
-            ticket = None if shelf is None else self.order.take(shelf, spec.size_bytes, stream)
-            if ticket is not None:
-                return ticket, "exact_hit"
-            if attempt == 0 and not self.settle():
-                break
-        for other in self.shelves.kin(spec):
-            ticket = self.order.take(other, spec.size_bytes, stream)
-            if ticket is not None:
-                return self._shaped(ticket, spec, stream)
-        return None, "miss"
-
-    def _shaped(self, ticket: Ticket, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Ticket, str]:
-        """Give a buffer in hand the shape of `spec`, and say what kind of hit that is. Lock held."""
-        block = ticket.block
-        if block.spec == spec:
+        if ticket is None:
+            ticket = self.lists.take(spec, stream, 1)
+        if ticket is None:
+            self.settle()
+            ticket = self.lists.take(spec, stream, bound)
+        if ticket is None:
+            return None, "miss"
+        if ticket.block.spec == spec:
             return ticket, "exact_hit"
-        before = block.spec
         try:
-            block.become(spec)
-            block.home = self.shelves.enter(spec).ready.append
-            self.shelves.leave(before)
+            ticket.block.become(spec)
         except BaseException:
-            block.users = () if stream is None else (stream,)
-            self._park(ticket)
+            ticket.block.users = () if stream is None else (stream,)
+            self._deferred.append(ticket)
             raise
         return ticket, "class_hit"
 
@@ -144,22 +121,17 @@ class Store:
         """
         if stream is not None and stream is not captured:
             return None
-        found = None
-        for ticket in self._parked:
+        for ticket in self._deferred:
             block = ticket.block
             if (
-                block.captured is captured and block.tier is spec.tier and block.nbytes >= spec.size_bytes
+                block.captured is captured and block.tier is spec.tier
+                and spec.size_bytes <= block.nbytes < 2 * size_class(max(1, spec.size_bytes))
                 and all(user is captured for user in block.users)
-                and (block.spec == spec or same_class(block.spec, spec))
             ):  # fmt: skip
-                found = ticket
-                if block.spec == spec:
-                    break
-        if found is not None:
-            self._parked.remove(found)
-            found.placed = False
-            found.block.users = ()
-        return found
+                self._deferred.remove(ticket)
+                block.users = ()
+                return ticket
+        return None
 
     def lease(self, ticket: Ticket, kind: str, stream: _cuda.Stream | None) -> None:
         """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
@@ -177,29 +149,27 @@ class Store:
         if kind == "miss":
             self.counts["misses"] += 1
         elif kind == "class_hit":
-            self.counts["class_hits"] += 1
+            block.recasts += 1
         if not self._hot:
             block.plain = False
             self.watch.tell(kind, block)
 
-    def release(self, ticket: Ticket, stream: _cuda.Stream | None) -> None:
+    def release(self, ticket: Ticket, stream: Any) -> None:
         """End a lease, whose last work is on `stream`; on an error it goes on as before."""
         block = ticket.block
         with self.there(), self.lock:
+            self.turns.do_late()
             users = block.users
             if stream is not None:
                 self.refuse_elsewhere(stream)
-                refuse_captured(stream)
-            for user in users:
-                if not self._captured_by_us(user):
-                    refuse_captured(user)
-            if stream is not None:
                 block.add_user(stream)
             try:
-                self.put_back(ticket)
+                for user in block.users:
+                    if user is stream or not self._captured_by_us(user):
+                        refuse_captured(user)
+                self.put_back(ticket, asked=True)
             except BaseException:
-                if not ticket.placed:  # as in `put_back`
-                    block.users = users
+                block.users = users
                 raise
             if not self._hot:
                 self.watch.tell("release", block)
@@ -255,7 +225,7 @@ class Store:
             self.retire(ticket, lease=True)
 
     def retire(self, ticket: Ticket, *, lease: bool = False) -> None:
-        """Give up memory without fail: what cannot be marked now is tried again later. Lock held.
+        """Give up memory without fail: what takes no fence now is tried again later. Lock held.
 
         `lease`: it was a user's, not what a move took.
         """
@@ -263,116 +233,111 @@ class Store:
         try:
             self.put_back(ticket)
         except Exception:
-            self._park(ticket)
+            self._deferred.append(ticket)
         if not self._hot:
             self.watch.tell("release", ticket.block, lease=lease)
 
-    def _park(self, ticket: Ticket) -> None:
-        """Put a buffer aside, to be put back later. Lock held."""
-        ticket.placed = True
-        self._parked.append(ticket)
+    def _bound(self, block: Block, *, asked: bool = False) -> bool:
+        """Whether a graph or an open capture, of whatever thread, may still use a released block.
 
-    def _bound(self, block: Block) -> bool:
-        """Whether a graph or an open capture, of whatever thread, may still use a released block."""
-        users = block.users if block.captured is None else (*block.users, block.captured)
-        return block.pinned_by_graph or self.order.captured(users)
-
-    def put_back(self, ticket: Ticket) -> None:
-        """Put a released buffer where its users and the captures allow. Lock held.
-
-        Once it is placed, nobody else may keep the ticket: an error or interrupt from then on does not undo a release.
+        `asked`: its users are known to be captured by no thread but this one.
         """
+        if block.pinned_by_graph:
+            return True
+        users = () if asked and not _cuda.captures else block.users
+        if block.captured is not None:
+            users = (*users, block.captured)
+        return any(not stream.closed and _cuda.is_capturing(stream) for stream in users)
+
+    def put_back(self, ticket: Ticket, *, asked: bool = False) -> None:
+        """Put a released block where its users and the captures allow; on an error it is nowhere. Lock held."""
         block = ticket.block
         here = _cuda.open_capture()
-        bound = here is not None or self._bound(block)
+        bound = here is not None or self._bound(block, asked=asked)
         if here is None or block.captured is not here.stream:
             block.captured = None
         if bound:
-            self._park(ticket)
+            self._deferred.append(ticket)
             return
-        marked = self.order.mark_users(block)
-        if marked and self.closed:
-            self.order.wait(block)  # nobody would come to look whether it is done
-            marked = False
-        block.plain = self._hot
-        ticket.placed = True
-        if not marked:
+        fence = self._fence(block)
+        if fence is not None and self.closed:
+            fence.synchronize()  # no later call would look whether it is done
+            fence = None
+        block.users, block.fence, block.plain = (), fence, self._hot
+        if fence is None:
             self.go_home(ticket)
-            return
-        handle = line_of(block.events[-1][0])  # the stream that released it
-        if block.tier is not Tier.DEVICE or self.order.reuse == "done":
-            self._pending.setdefault(handle, deque()).append(ticket)
+        elif block.tier is not Tier.DEVICE:  # the CPU writes it next, and no event can make that wait
+            self._deferred.append(ticket)
         else:
-            shelf = self.shelves.of(block.spec)
-            shelf.ordered.setdefault(handle, deque()).append(ticket)
+            self.lists.by_key[block.line].fenced.setdefault(line_of(fence.last), deque()).append(ticket)
+
+    def _fence(self, block: Block) -> Fence | None:
+        """Return a fence behind the users of a released block, None if it needs none.
+
+        The default stream alone gets none: that work is fenced when another stream takes the block.
+        """
+        users = block.users
+        if not users or (block.tier is Tier.DEVICE and all(user.handle == 0 for user in users)):
+            return None
+        fence = self.fences.behind(users)
+        if fence is None:
+            block.clean_at = block.generation
+        return fence
 
     def go_home(self, ticket: Ticket) -> None:
-        """Put a buffer that needs no mark on its shelf, or free it if the pool is closed. Lock held."""
+        """Put a block that needs no fence on its free list, or free it if the pool is closed. Lock held."""
         if self.closed:
             self.free(ticket)
-            self.order.spare.clear()  # as in `close`
+            self.fences.spare.clear()  # as in `close`
         else:
             ticket.block.home(ticket)
 
     def settle(self) -> bool:
-        """Bring home what was lost, parked or pending and is free by now; whether anything was. Lock held.
+        """Bring home what was lost or deferred and is free by now; whether anything was. Lock held.
 
         In a closed pool, home is the driver.
         """
-        if _cuda.capturing() or not (self._lost or self._parked or self._pending or self.closed):
+        if _cuda.capturing() or not (self._lost or self._deferred or self.closed):
             return False
         with self.there():
-            return self._settle()
-
-    def _settle(self) -> bool:
-        if self._pending:
-            _cuda.require()
-        moved = self._reclaim()
-        for ticket in list(self._parked):
-            # Taken before anything is done with it: a finaliser that runs meanwhile may call the pool, and settle, too.
-            if not self._bound(ticket.block) and ticket in self._parked:
-                self._parked.remove(ticket)
-                ticket.placed = False
+            moved = self._reclaim()
+            busy: set[Any] = set()  # streams whose work comes to its fences in order, and is not there yet
+            for _ in range(len(self._deferred)):
+                ticket = self._deferred.popleft()
                 try:
-                    self.put_back(ticket)
+                    home = self._settle(ticket, busy)
                 except BaseException:
-                    if not ticket.placed:
-                        self._park(ticket)
+                    self._deferred.append(ticket)
                     raise
-                moved = True
-        for handle in list(self._pending):
-            moved |= self._settle_line(handle)
-            if not self._pending.get(handle, True):
-                del self._pending[handle]
-        if self.closed:  # a plain release takes no lock, and may have come to its shelf behind the close
-            self.free_idle(self.ledger.total, tuple(Tier))
-        return moved
+                moved |= home
+                if not home:
+                    self._deferred.append(ticket)
+            if self.closed:  # a plain release takes no lock, and may have come home behind the close
+                self.free_idle(self.ledger.total, tuple(Tier))
+            return moved
 
-    def _settle_line(self, handle: Any) -> bool:
-        """Bring home what is done of one stream's pending buffers, which finish in order."""
-        moved = False
-        while line := self._pending.get(handle):
-            ticket = line.popleft()  # as above; and the line, empty now, may be dropped meanwhile
-            block, done = ticket.block, False
-            try:
-                done = self.order.done(block)
-            finally:
-                if not done:
-                    self._pending.setdefault(handle, deque()).appendleft(ticket)
-            if not done:
-                break
-            moved = True
-            block.clean_at = block.generation
-            self.order.forget_marks(block)
-            self.go_home(ticket)
-        return moved
+    def _settle(self, ticket: Ticket, busy: set[Any]) -> bool:
+        """Bring one deferred block home if nothing uses it any more; whether that was so. Lock held."""
+        block, fence = ticket.block, ticket.block.fence
+        if fence is None:
+            if self._bound(block):
+                return False
+            self.put_back(ticket)
+            return True
+        line = line_of(fence.last)
+        if line in busy or not fence.done():
+            busy.add(line)
+            return False
+        block.clean_at, block.fence = block.generation, None
+        self.go_home(ticket)
+        return True
 
     def _reclaim(self) -> bool:
         """Take back the blocks whose tickets died, and report each."""
         found = False
         while self._lost:
             block = self._lost.popleft().block
-            self._park(self._issue(block))  # first, as the log is anybody's code; `settle` puts it back
+            self._deferred.append(self._issue(block))  # first: the log is anybody's code; `settle` puts it back
             found = True
             self.counts["lost"] += 1
             _log.warning(
@@ -385,9 +350,9 @@ class Store:
     def finish_pending(self) -> None:
         """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
         with self.there(), self.lock:
-            for line in list(self._pending.values()):
-                for ticket in list(line):
-                    self.order.wait(ticket.block)
+            for ticket in self._deferred:
+                if ticket.block.fence is not None:
+                    ticket.block.fence.synchronize()
             self.settle()
 
     # ------------------------------------------------------------------------------------------- the driver and back
@@ -413,25 +378,22 @@ class Store:
             if room is not None and exact <= room < nbytes:
                 nbytes = exact  # rounding is not worth a refusal
             self.ledger.promise(spec.tier, nbytes)
-        kept = False
         try:
             block = Block(spec, nbytes)
-            with self.lock:  # an interrupt may come while it is waited for
-                self.ledger.keep(spec.tier, nbytes)
-                kept = True
-                ticket = self._issue(block)
-                self.peak_count = max(self.peak_count, len(self.blocks))
-                block.pool = self._owner
-                block.home = self.shelves.enter(spec).ready.append
-                self.tell("grow", block)
-                return ticket
         except BaseException as error:
-            if not kept:
-                with self.lock:
-                    self.ledger.withdraw(spec.tier, nbytes)
+            with self.lock:
+                self.ledger.withdraw(spec.tier, nbytes)
             if _cuda.is_capture_error(error):
                 raise _refused(f"a request for {spec}") from error
             raise
+        with self.lock:
+            self.ledger.keep(spec.tier, nbytes)
+            ticket = self._issue(block)
+            self.peak_count = max(self.peak_count, len(self.blocks))
+            block.pool = self._owner
+            block.home = self.lists.enter(block.line).ready.append
+            self.tell("grow", block)
+            return ticket
 
     def try_to_grow(self, spec: BufferSpec) -> Ticket | None:
         """Grow; None where there is no room.
@@ -465,27 +427,26 @@ class Store:
         with self.lock:
             self.settle()
             for spec in specs:
-                shelf = self.shelves.by_spec.get(spec)
-                ticket = None if shelf is None else pop_fitting(shelf.ready, spec.size_bytes)
-                if ticket is None:
+                found = self.lists.by_key.get(spec.line)
+                if found is None or not found.ready:
                     missing.append(spec)
                 else:
-                    held.append(ticket)
+                    held.append(found.ready.pop())
         made: list[Ticket] = []
         refused: list[BufferSpec] = []
         try:
             unsure = [ticket.block for ticket in held if ticket.block.tier is Tier.DEVICE and not ticket.block.clean]
             if unsure:
                 with self.there():
-                    self.order.default.synchronize()
+                    self.fences.default.synchronize()
                 for block in unsure:
                     block.clean_at = block.generation
             for spec in missing:
-                found = self.grow_or_trim(spec)
-                if found is None:
+                ticket = self.grow_or_trim(spec)
+                if ticket is None:
                     refused.append(spec)
                 else:
-                    made.append(found)
+                    made.append(ticket)
         except BaseException:
             refused = missing
             raise
@@ -521,43 +482,41 @@ class Store:
             return self._free_idle(nbytes, tiers)
 
     def _free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
-        freed = 0
-        synchronised = False
-        if len(self.shelves):
+        freed, synchronised = 0, False
+        if self.blocks:
             _cuda.require()
             # Asked before anything is given up: where another library captures in this thread, the driver refuses
             # this, and it would refuse the free as well, when Numba has forgotten the address already.
-            self.order.default.query()
-        for shelf in self.shelves:
-            while freed < nbytes and shelf.spec.tier in tiers:
-                found = shelf.pop_idle()
-                if found is None:
-                    break
-                ticket, line = found
-                block = ticket.block
-                try:
-                    if shelf.spec.tier is Tier.DEVICE and not block.events and not synchronised:
-                        self.order.default.synchronize()
-                        synchronised = True
-                    self.order.wait(block)
-                except BaseException:
-                    line.appendleft(ticket)
-                    raise
-                freed += block.nbytes
-                self.free(ticket)
+            self.fences.default.query()
+        idle = self.lists.largest(tiers)
+        while freed < nbytes and (found := next(idle, None)) is not None:
+            ticket, line = found
+            block = ticket.block
+            try:
+                if block.fence is not None:
+                    block.fence.synchronize()
+                elif block.tier is Tier.DEVICE and not synchronised:
+                    self.fences.default.synchronize()
+                    synchronised = True
+            except BaseException:
+                line.appendleft(ticket)
+                raise
+            freed += block.nbytes
+            self.free(ticket)
         return freed
 
     def free(self, ticket: Ticket) -> None:
         """Give a block back to the driver. Lock held."""
         block = ticket.block
         _cuda.require()  # Numba frees in the thread that drops the last reference
-        self.order.forget_marks(block)
+        block.fence = None
         del self.blocks[block]
         self.ledger.give_back(block.tier, block.nbytes)
         self.past_leases += block.generation
         self.past_bytes += block.generation * block.nbytes
         self.counts["freed"] += 1
-        self.shelves.leave(block.spec)
+        self.past_recasts += block.recasts
+        self.lists.leave(block.line)
         self.tell("free", block)
 
     def _issue(self, block: Block) -> Ticket:
@@ -573,7 +532,7 @@ class Store:
         with self.lock:
             # Where each thread has a default stream of its own, a lease without a stream is on that: never plain.
             self._hot = not self.watch.active and not self.closed and not _cuda.PER_THREAD
-            self.shelves.serve(self._hot)
+            self.lists.serve(self._hot)
             if not self._hot:
                 for block in list(self.blocks):
                     block.plain = False
@@ -593,7 +552,7 @@ class Store:
             self.set_hot()
             self.finish_pending()
             # Here and now: what dies in a cycle Numba destroys in whatever thread the collector runs, context or none.
-            self.order.spare.clear()
+            self.fences.spare.clear()
             return before - self.ledger.total
 
     def refuse_closed(self) -> None:
@@ -611,15 +570,15 @@ class Store:
 
     def idle(self) -> list[Ticket]:
         """Return all idle buffers. Lock held."""
-        return self.shelves.idle()
+        return self.lists.idle()
 
     def pending(self) -> list[Block]:
         """Return what is released and comes home when the work on it is done. Lock held."""
-        return [ticket.block for line in self._pending.values() for ticket in line]
+        return [ticket.block for ticket in self._deferred if ticket.block.fence is not None]
 
     def waiting(self) -> list[Block]:
         """Return all that is released or lost and not idle yet. Lock held."""
-        return self.pending() + [ticket.block for ticket in self._parked] + [alarm.block for alarm in self._lost]
+        return [ticket.block for ticket in self._deferred] + [alarm.block for alarm in self._lost]
 
     def check(self, title: str) -> None:
         """Assert what holds for all memory at any time; the text of a failure begins with what fails and `title`."""
@@ -633,22 +592,20 @@ class Store:
                 seen[block] = where
 
             try:
-                for shelf in self.shelves:
-                    for ticket in list(shelf.ready):
-                        place(ticket, f"ready for {shelf.spec}")
-                        assert ticket.block.spec == shelf.spec, f"{ticket.block} is on the shelf of {shelf.spec}"
-                        assert not ticket.block.events, f"{ticket.block} waits on a ready shelf"
-                        assert not ticket.block.users, f"{ticket.block} has users on a ready shelf"
-                        assert not ticket.block.pinned_by_graph, f"{ticket.block} is idle under a live graph"
-                    for line in shelf.ordered.values():
+                for key, free in self.lists.by_key.items():
+                    for ticket in list(free.ready):
+                        block = ticket.block
+                        place(ticket, "ready")
+                        assert block.line == key, f"{block} is on the free list {key}, not {block.line}"
+                        assert block.fence is None, f"{block} has a fence and is ready"
+                        assert not block.users, f"{block} has users and is ready"
+                        assert not block.pinned_by_graph, f"{block} is idle under a live graph"
+                    for line in free.fenced.values():
                         for ticket in line:
-                            place(ticket, f"ordered for {shelf.spec}")
-                            assert ticket.block.events, f"{ticket.block} has no mark to wait for"
-                for line in self._pending.values():
-                    for ticket in line:
-                        place(ticket, "pending")
-                for ticket in self._parked:
-                    place(ticket, "parked")
+                            place(ticket, "fenced")
+                            assert ticket.block.fence is not None, f"{ticket.block} has no fence to wait for"
+                for ticket in self._deferred:
+                    place(ticket, "deferred")
                 self._check_account()
             except AssertionError as error:
                 dump = "\n".join(f"  {block}: {seen.get(block, 'leased')}" for block in self.blocks)
@@ -672,8 +629,8 @@ class Store:
     def abandon(self) -> None:
         """Cut the blocks' ties to this store; leased ones stay memory, and nobody will lease them again.
 
-        The shelves refer to themselves through each block's `home`, which would keep the memory until
-        the collector's next run.
+        The free lists refer to themselves through each block's `home`, which would keep the memory until the
+        collector's next run.
         """
         for block in getattr(self, "blocks", ()):  # none where `__init__` failed
             block.plain, block.home, block.pool = False, _discard, _no_pool
@@ -694,9 +651,9 @@ class Store:
         """
         self.closed = reason
         self.abandon()
-        self.shelves.serve(False)
+        self.lists.serve(False)
         _inherited.append(dict(vars(self)))
-        self._begin(Ledger(None, None), StreamOrder(self.order.reuse))
+        self._begin(Ledger(None, None))
 
 
 def _refused(what: str) -> CaptureError:

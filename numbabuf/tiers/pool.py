@@ -20,9 +20,9 @@ from typing import Any
 from .. import _cuda
 from ..checks import whole_number
 from ..errors import BusyError, CaptureError, TierFullError
-from ..pool.block import Ledger, Ticket, size_class
+from ..pool.block import Ledger, Ticket
 from ..pool.pool import SimpleBufferPool
-from ..pool.spec import BufferSpec, BufferState, Tier
+from ..pool.spec import BufferSpec, BufferState, Tier, size_class
 from ..pool.stats import Frozen, PoolStats, caller
 from ..pool.store import Store
 from ..pool.turns import Turns
@@ -132,7 +132,7 @@ class _TierStore(Store):
                 ticket = super().grow(spec)
                 if spec.tier is Tier.MANAGED:
                     try:
-                        self.settled += _cuda.settle_on_host(ticket.block.base, self.order.default)
+                        self.settled += _cuda.settle_on_host(ticket.block.base, self.fences.default)
                     except BaseException:
                         self.free(ticket)
                         raise
@@ -339,11 +339,11 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._turns.refuse_mine(self, "allocate")
             self._refuse_ended()
             try:
-                ticket = self._hot[spec].pop()
-            except (KeyError, IndexError, TypeError):
+                ticket = self._hot[spec.line].pop()
+            except (KeyError, IndexError, AttributeError):
                 pass
             else:
-                ticket.block.generation += 1
+                self._cast(ticket, spec)
                 return self._turns.run(self._enlist, ticket, spec)
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
@@ -393,7 +393,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         Pressure here may move what is not claimed.
         """
         store = self._store
-        ticket, kind = store.find(spec, stream)
+        ticket, kind = store.find(spec, stream, 1)
         if ticket is None:
             if _cuda.capturing():
                 raise CaptureError(
@@ -405,7 +405,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                     f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
                     f"free, and not enough of the rest can move. Release buffers, or raise limits[{spec.tier}]"
                 )
-            ticket, kind = store.find(spec, stream)
+            ticket, kind = store.find(spec, stream, 1)
         if ticket is None:
             return store.grow_or_free(spec), "miss"
         return ticket, kind
@@ -570,13 +570,13 @@ class HierarchicalBufferPool(SimpleBufferPool):
     def _order_after(self, entry: TieredEntry, stream: _cuda.Stream) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
         _cuda.require()  # this thread may never have called the driver before
-        mark, block, order = entry._record.mark, entry._held[0].block, self._store.order
+        mark, block, fences = entry._record.mark, entry._held[0].block, self._store.fences
         if mark is not None:
             mark.wait(stream)
             return
-        users = block.users or ((order.default,) if block.tier is Tier.DEVICE else ())
+        users = block.users or ((fences.default,) if block.tier is Tier.DEVICE else ())
         try:
-            order.put_behind([(user, None) for user in users], stream)
+            fences.wait_for(users, stream)
         except Exception:  # a stream that takes no mark any more: wait for everything, as a release does
             _cuda.synchronize()
 

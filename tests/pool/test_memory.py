@@ -13,8 +13,8 @@ from hypothesis import given
 from numbabuf import _cuda
 from numbabuf.errors import TierFullError
 from numbabuf.pool import block as memory
-from numbabuf.pool.block import EXACT_ABOVE, Alarm, Block, Ledger, Ticket, size_class
-from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.pool.block import Alarm, Block, Ledger, Ticket
+from numbabuf.pool.spec import EXACT_ABOVE, BufferSpec, Tier, size_class
 
 
 @given(st.integers(1, EXACT_ABOVE))

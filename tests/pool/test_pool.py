@@ -18,9 +18,9 @@ from pool_contract import PoolContract, add_one
 from numbabuf import _cuda
 from numbabuf.errors import CaptureError, ClosedError, StaleBufferError, TierFullError
 from numbabuf.pool import store
-from numbabuf.pool.block import EXACT_ABOVE, Block
+from numbabuf.pool.block import Block
 from numbabuf.pool.pool import SimpleBufferPool
-from numbabuf.pool.spec import BufferSpec, BufferState, Tier
+from numbabuf.pool.spec import EXACT_ABOVE, BufferSpec, BufferState, Tier
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,6 @@ def device(size):
     [
         ({"max_bytes": -1}, ValueError, "max_bytes is -1"),
         ({"max_pinned_bytes": -5}, ValueError, "max_pinned_bytes is -5"),
-        ({"reuse": "always"}, ValueError, "wait"),
         ({"on_oom": 3}, TypeError, "on_oom"),
         ({"events": -1}, ValueError, "-1"),
     ],
@@ -119,8 +118,8 @@ def test_waste_is_at_most_an_eighth_and_large_requests_are_exact(pool):
     again = pool.allocate(BufferSpec((EXACT_ABOVE + 3, 1), "uint8", Tier.PINNED))
     assert pool.stats().class_hits == 1
     again.release()
-    pool.allocate(pinned(EXACT_ABOVE + 2)).release()  # a little smaller: not the same class
-    assert pool.stats().misses == 6
+    pool.allocate(pinned(EXACT_ABOVE + 2)).release()  # a little smaller: served by the next larger one
+    assert pool.stats().misses == 5
 
 
 def test_the_limit_is_worth_more_than_rounding_and_capacity_is_compared():
@@ -386,70 +385,14 @@ def test_work_on_the_default_stream_is_waited_for(streams):
         assert one.waits_for == [default]
 
 
-def test_done_hands_over_only_what_is_done(streams):
-    _, one, two = streams
-    with SimpleBufferPool(reuse="done") as pool:
-        entry = pool.allocate(device(64), stream=one)
-        address = entry.address
-        entry.release()
-        assert pool.stats().pending_count == 1
-        other = pool.allocate(device(64), stream=two)
-        assert other.address != address
-        events[one].done = True
-        third = pool.allocate(device(64), stream=two)
-        assert third.address == address and not two.waits_for
-        for entry in (other, third):
-            entry.release()
 
 
-def test_done_asks_the_default_stream_too(streams):
-    default, one, _ = streams
-    with SimpleBufferPool(reuse="done") as pool:
-        entry = pool.allocate(device(64))
-        address = entry.address
-        entry.release()
-        default.idle = False
-        other = pool.allocate(device(64), stream=one)
-        assert other.address != address
-        default.idle = True
-        third = pool.allocate(device(64), stream=one)
-        assert third.address == address
-        for entry in (other, third):
-            entry.release()
 
 
-def test_same_keeps_the_default_streams_memory_on_it(streams):
-    _, one, _ = streams
-    with SimpleBufferPool(reuse="same") as pool:
-        entry = pool.allocate(device(64))
-        address = entry.address
-        entry.release()
-        with pool.allocate(device(64), stream=one) as other:
-            assert other.address != address
-        with pool.allocate(device(64)) as again:
-            assert again.address == address
-
-
-def test_same_wants_further_users_done(streams):
-    _, one, two = streams
-    with SimpleBufferPool(reuse="same") as pool:
-        entry = pool.allocate(device(64), stream=two)
-        address = entry.address
-        entry.release(stream=one)
-        other = pool.allocate(device(64), stream=one)
-        assert other.address != address
-        events[two].done = True
-        again = pool.allocate(device(64), stream=one)
-        assert again.address == address
-        for entry in (other, again):
-            entry.release()
-
-
-@pytest.mark.parametrize("reuse", ["wait", "done", "same"])
-def test_reserved_memory_is_any_streams_without_a_wait(streams, reuse):
+def test_reserved_memory_is_any_streams_without_a_wait(streams):
     default, one, two = streams
     default.idle = False
-    with SimpleBufferPool(reuse=reuse) as pool:
+    with SimpleBufferPool() as pool:
         pool.allocate(device(64)).release()  # the default stream may still use this one,
         pool.reserve([device(64)] * 2)  # so the reservation waits for it
         assert default.synchronized == 1 and pool.stats().reserved_count == 2
@@ -458,24 +401,6 @@ def test_reserved_memory_is_any_streams_without_a_wait(streams, reuse):
         for entry in entries:
             entry.release()
 
-
-def test_a_stream_prefers_memory_without_work_to_waiting(streams):
-    default, one, _ = streams
-    with SimpleBufferPool(reuse="done") as pool:
-        default.idle = False
-        pool.reserve([device(64)] * 2)
-        entries = [pool.allocate(device(64)) for _ in range(2)]
-        fresh, used = entries[0].address, entries[1].address
-        entries[1].release()
-        entries[0].release(stream=default)
-        pool.reserve([device(64)] * 2)
-        pool.allocate(device(64)).release()  # the newest is the default stream's again
-        entry = pool.allocate(device(64), stream=one)
-        assert entry.address in (fresh, used) and pool.stats().reserved_count == 2
-        other = pool.allocate(device(64), stream=one)
-        assert pool.stats().reserved_count == 3  # the default stream is busy with the last one
-        entry.release()
-        other.release()
 
 
 def test_freeing_waits_for_the_work(streams):
@@ -489,28 +414,11 @@ def test_freeing_waits_for_the_work(streams):
         assert pool.stats().reserved_bytes == 0
 
 
-def test_same_never_crosses_streams(streams):
-    _, one, two = streams
-    with SimpleBufferPool(reuse="same") as pool:
-        first = pool.allocate(device(64), stream=one)
-        address = first.address
-        first.release()
-        events[one].done = True
-        for stream in (two, None):
-            entry = pool.allocate(device(64), stream=stream)
-            assert entry.address != address
-            entry.release()
-        again = pool.allocate(device(64), stream=one)
-        assert again.address == address
-        again.release()
-        assert pool.stats().stream_waits == 0
-
 
 @pytest.mark.parametrize("tier", [Tier.PINNED, Tier.MANAGED])
-@pytest.mark.parametrize("reuse", ["wait", "done", "same"])
-def test_memory_that_the_cpu_writes_is_always_done_first(streams, tier, reuse):
+def test_memory_that_the_cpu_writes_is_always_done_first(streams, tier):
     _, one, _ = streams
-    with SimpleBufferPool(reuse=reuse) as pool:
+    with SimpleBufferPool() as pool:
         spec = BufferSpec(64, "uint8", tier)
         entry = pool.allocate(spec)
         address = entry.address
@@ -673,9 +581,8 @@ def test_a_capture_gets_idle_memory_and_nothing_else(pool, capture):
     entry.release()
 
 
-@pytest.mark.parametrize("reuse", ["wait", "done", "same"])
-def test_a_capture_gets_reserved_memory_on_its_stream(capture, reuse):
-    with SimpleBufferPool(reuse=reuse) as pool:
+def test_a_capture_gets_reserved_memory_on_its_stream(capture):
+    with SimpleBufferPool() as pool:
         pool.allocate(device(64)).release()
         capture.begin()
         with pytest.raises(CaptureError, match="reserve"):  # it may have work on the default stream
@@ -1010,7 +917,7 @@ def test_a_hit_and_its_release_take_no_lock(pool):
 def test_after_a_scope_leases_are_hot_again(pool):
     with pool.statistics():
         entry = pool.allocate(pinned(8))
-    assert not pool._hot or pool._hot == {pinned(8): pool._store.shelves.of(pinned(8)).ready}
+    assert not pool._hot or pool._hot == {pinned(8).line: pool._store.lists.by_key[pinned(8).line].ready}
     entry.release()
     with pool.allocate(pinned(8)) as entry:
         assert entry._held[0].block.plain
@@ -1041,7 +948,7 @@ def test_check_finds_what_is_wrong(pool):
     entries = [pool.allocate(pinned(8)) for _ in range(2)]
     blocks = [entry._held[0].block for entry in entries]
     entries[0].release()
-    shelf = pool._store.shelves.of(pinned(8))
+    shelf = pool._store.lists.by_key[pinned(8).line]
 
     def twice():
         shelf.ready.append(shelf.ready[0])
@@ -1171,31 +1078,6 @@ def test_a_scope_whose_beginning_is_interrupted_is_closed(pool, monkeypatch, whe
     assert pool._hot, "leases go past the lock again"
 
 
-def test_an_interrupt_between_the_driver_and_the_account_leaves_no_promise(monkeypatch):
-    with SimpleBufferPool(max_pinned_bytes=1024) as pool:
-        with monkeypatch.context() as patch:
-            patch.setattr(pool._store.ledger, "keep", interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                pool.allocate(pinned(1024))
-        pool.allocate(pinned(1024)).release()
-        pool.check()
-
-
-def test_an_interrupt_behind_the_shelf_leaves_no_users_there(streams, monkeypatch):
-    _, one, two = streams
-    with SimpleBufferPool() as pool:
-        entry = pool.allocate(device(64), stream=one)
-        put_back = pool._store.put_back
-
-        def interrupted(ticket):
-            put_back(ticket)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(pool._store, "put_back", interrupted)
-            entry.release(stream=two)
-        assert pool.stats().in_use_count == 0
-        assert [ticket.block.users for ticket in pool._store.idle()] == [()]
 
 
 def test_lost_memory_whose_report_is_interrupted_is_reclaimed(pool, monkeypatch):
@@ -1214,7 +1096,7 @@ def test_a_late_release_leaves_a_closed_pool_no_events(streams):
     entry = pool.allocate(pinned(64))
     pool.close()
     entry.release(stream=one)
-    assert not pool._store.order.spare and not pool._store.blocks
+    assert not pool._store.fences.spare and not pool._store.blocks
 
 
 def test_a_class_hit_that_fails_puts_the_buffer_back_in_order(streams, monkeypatch):
@@ -1239,10 +1121,10 @@ def test_lost_memory_that_cannot_be_marked_is_reported_once(streams, monkeypatch
         del entry
         gc.collect()
         with monkeypatch.context() as patch:
-            patch.setattr(pool._store.order, "mark_users", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
+            patch.setattr(pool._store.fences, "behind", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
             for _ in range(3):
                 assert pool.stats().lost == 1 and pool.stats().pending_count == 1
-        assert pool.stats().lost == 1 and not pool._store._parked and len(caplog.records) == 1
+        assert pool.stats().lost == 1 and len(pool._store.pending()) == 1 and len(caplog.records) == 1
 
 
 def test_what_is_released_with_a_stream_after_the_end_is_freed(streams):
@@ -1299,5 +1181,5 @@ def test_a_buffer_of_many_sizes_leaves_none_of_them_behind(pool):
         pool.allocate(pinned((1 << 20) + 1 + more)).release()
     stats = pool.stats()
     assert (stats.misses, stats.class_hits) == (1, 299)
-    assert len(pool._store.shelves) == 1
+    assert len(pool._store.lists) == 1
     pool.check()

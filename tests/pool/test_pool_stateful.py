@@ -9,9 +9,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from numbabuf.errors import StaleBufferError, TierFullError
-from numbabuf.pool.block import size_class
 from numbabuf.pool.pool import SimpleBufferPool
-from numbabuf.pool.spec import BufferSpec, Tier
+from numbabuf.pool.spec import BufferSpec, Tier, size_class
 
 LIMIT = 12_000
 SPECS = [BufferSpec(size, "uint8", Tier.PINNED) for size in (0, 1, 900, 1000, 1024, 1025, 4096, 12_001)]
@@ -30,7 +29,8 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
         super().__init__()
         self.pool = SimpleBufferPool(max_pinned_bytes=LIMIT)
         self.blocks = {}  # address -> capacity
-        self.idle = {}  # spec -> addresses, newest last
+        self.idle = {}  # capacity -> addresses, newest last
+        self.last = {}  # address -> the spec that it was leased as last
         self.live = []  # (entry, address, mark)
         self.dead = []
         self.marks = itertools.cycle(range(1, 251))
@@ -40,41 +40,34 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
     def idle_addresses(self):
         return {address for addresses in self.idle.values() for address in addresses}
 
-    def class_mates(self, spec):
-        """Idle blocks that a spec may have without being of it."""
-        key = size_class(bytes_of(spec))
-        return [
-            addresses[-1] for other, addresses in self.idle.items()
-            if addresses and other != spec and size_class(bytes_of(other)) == key
-            and self.blocks[addresses[-1]] >= spec.size_bytes
-        ]  # fmt: skip
+    def fitting(self, spec):
+        """The idle block that a spec gets: of its own capacity, else of the next larger one; None if there is none."""
+        own = size_class(bytes_of(spec))
+        sizes = [own, *(size for size in sorted(self.idle) if bytes_of(spec) <= size < 2 * own)]
+        return next((self.idle[size][-1] for size in sizes if self.idle.get(size)), None)
 
     @rule(spec=specs)
     def allocate(self, spec):
-        idle = self.idle.get(spec)
-        mates = self.class_mates(spec)
-        exact = [address for address in (idle or [])[-1:] if self.blocks[address] >= spec.size_bytes]
         held = sum(self.blocks.values()) - sum(self.blocks[address] for address in self.idle_addresses())
-        if not exact and not mates and held + bytes_of(spec) > LIMIT:
+        found = self.fitting(spec)
+        if found is None and held + bytes_of(spec) > LIMIT:
             with pytest.raises(TierFullError):
                 self.pool.allocate(spec)
             self.forget_idle()  # the ladder has trimmed: what is idle now is the pool's to say
             return
         entry = self.pool.allocate(spec)
         address = entry.address
-        if exact:
-            assert address == idle.pop()
-            self.counts["exact_hits"] += 1
-        elif mates:
-            assert address in mates
+        if found is not None:
+            assert address == found
             self.take(address)
-            self.counts["class_hits"] += 1
+            self.counts["exact_hits" if self.last[address] == spec else "class_hits"] += 1
         else:
             self.counts["misses"] += 1
             self.forget_idle()
             assert address not in self.blocks
             self.blocks[address] = entry._held[0].block.nbytes
             assert bytes_of(spec) <= self.blocks[address] <= size_class(bytes_of(spec))
+        self.last[address] = spec
         mark = next(self.marks)
         entry.array.fill(mark)
         self.live.append((entry, address, mark))
@@ -97,18 +90,17 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
         entry, address, mark = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
         assert (entry.array == mark).all()
         entry.release()
-        self.idle.setdefault(entry.spec, []).append(address)
+        self.idle.setdefault(self.blocks[address], []).append(address)
         self.dead.append(entry)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def drop(self, data):
         entry, address, _ = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
-        spec = entry.spec
         del entry
         self.counts["lost"] += 1
         assert self.pool.stats().lost == self.counts["lost"]  # which brings it home
-        self.idle.setdefault(spec, []).append(address)
+        self.idle.setdefault(self.blocks[address], []).append(address)
 
     @precondition(lambda self: self.dead)
     @rule(data=st.data())
@@ -146,12 +138,19 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             assert there == set(self.blocks), "a reservation that failed left a buffer behind"
             return
         self.forget_idle()
-        for shelf in self.pool._store.shelves:
-            for ticket in shelf.ready:
-                if ticket.block.address not in before:
-                    self.blocks[ticket.block.address] = ticket.block.nbytes
-            self.idle[shelf.spec] = [ticket.block.address for ticket in shelf.ready]
-            assert len(self.idle[shelf.spec]) >= wanted.count(shelf.spec)
+        self.idle = {}
+        for ticket in self.pool._store.idle():
+            block = ticket.block
+            self.blocks[block.address] = block.nbytes
+            self.last[block.address] = block.spec
+            self.idle.setdefault(block.nbytes, []).append(block.address)
+        for spec in wanted:
+            own = size_class(bytes_of(spec))
+            alike = [
+                other for other in wanted if size_class(bytes_of(other)) == own and other.size_bytes >= spec.size_bytes
+            ]  # fmt: skip
+            there = [size for size, idle in self.idle.items() for _ in idle if bytes_of(spec) <= size <= own]
+            assert len(there) >= len(alike)
         assert before - self.idle_addresses() == before - set(self.blocks)
 
     @rule()

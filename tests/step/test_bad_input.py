@@ -132,14 +132,14 @@ def test_a_spec_is_refused_or_can_be_leased(shape, dtype, tier):
 
 
 @given(
-    max_bytes=THINGS, max_pinned_bytes=THINGS, reuse=st.one_of(st.just("wait"), THINGS), on_oom=THINGS,
+    max_bytes=THINGS, max_pinned_bytes=THINGS, on_oom=THINGS,
     events=st.one_of(st.integers(-1, 8), st.sampled_from([math.nan, 2.5, "3", True, -(1 << 70)])),
 )  # fmt: skip
 @example(math.nan, None, "wait", None, 0)
 @example(None, math.inf, "wait", None, 0)
-def test_a_pool_is_refused_or_works(max_bytes, max_pinned_bytes, reuse, on_oom, events):
+def test_a_pool_is_refused_or_works(max_bytes, max_pinned_bytes, on_oom, events):
     pool, _ = attempt(
-        SimpleBufferPool, max_bytes=max_bytes, max_pinned_bytes=max_pinned_bytes, reuse=reuse, events=events,
+        SimpleBufferPool, max_bytes=max_bytes, max_pinned_bytes=max_pinned_bytes, events=events,
         on_oom=on_oom if callable(on_oom) and on_oom is not object else None,
     )  # fmt: skip
     if pool is not None:
