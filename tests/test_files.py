@@ -14,7 +14,7 @@ from numbabuf import files
 from numbabuf.demand import DemandModel
 from numbabuf.errors import TraceError
 from numbabuf.tools.cli import main
-from numbabuf.tools.traces import read_trace
+from numbabuf.traces import read_trace
 
 READERS = [(read_trace, TraceError), (DemandModel.load, ValueError)]
 HEADER = b"arrival_ms,prompt,output\n"

@@ -263,7 +263,8 @@ def _replay(args: argparse.Namespace) -> int:
     """Replay a trace through an InputBufferManager, check every step against NumPy, report."""
     from .. import _cuda
     from .replay import print_intro, print_results, report_of, run
-    from .traces import Workload, read_trace
+    from .tracefiles import read_trace
+    from .traces import Workload
 
     _settle_options(args)
     workload = Workload(**_WORKLOADS[_cuda.backend()], seed=args.seed)
@@ -324,7 +325,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(args: argparse.Namespace) -> int:
     """Print the bucket list for a log, and what other lists would pad on it."""
     from ..demand.planning import compare
-    from .traces import read_trace
+    from .tracefiles import read_trace
 
     if args.plot:
         if importlib.util.find_spec("matplotlib") is None:

@@ -25,7 +25,8 @@ from ..step.manager import InputBufferManager
 from ..view.progress import track
 from ..view.report import thin
 from .pipeline import Pipeline
-from .traces import RequestTrace, Step, StepTrace, Workload, token_inputs
+from .steps import Step, token_inputs
+from .traces import RequestTrace, StepTrace, Workload
 
 __all__ = ["print_intro", "print_results", "report_of", "run"]
 

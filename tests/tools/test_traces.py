@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numbabuf.errors import TraceError
-from numbabuf.tools.traces import MAX_REQUEST_TOKENS, RequestTrace, Step, StepTrace, Workload, read_trace, token_inputs
+from numbabuf.traces import MAX_REQUEST_TOKENS, RequestTrace, Step, StepTrace, Workload, read_trace, token_inputs
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.9799600,4808,10
