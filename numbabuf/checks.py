@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 import numpy as np
 
-__all__ = ["nbytes", "outside", "whole_number"]
+__all__ = ["OnProgress", "nbytes", "outside", "whole_number"]
+
+OnProgress = Callable[[int, int, Mapping[str, int], "int | None"], None]
+"""Called with what is done, how much there is, the size just done, and the bytes free on the device if known."""
 
 
 def whole_number(name: str, value: object, *, least: int = 0, most: int | None = None) -> int:

@@ -33,10 +33,9 @@ ROOMS = {
     "__main__": {"tools"},
 }
 """Room -> the rooms that it may import. Tiers and step meet in predict's factory alone."""
-NAMES = {"buckets", "info", "nvtx", "planning", "plots", "policies", "report", "stats", "timeline", "traces"}
+NAMES = set("buckets info nvtx planning plots policies progress report stats timeline traces".split())
 """Modules of one import each, which keep a public name where users look for it."""
 FACTORY = "predict.factory"
-VIEWS = {"view.progress"}  # until captures report their progress to a callable
 
 CUDA = ("numba.cuda", "numba_cuda", "cuda")
 REQUIRED = {"numba", "llvmlite", "numpy", "numbabuf"} | sys.stdlib_module_names
@@ -100,7 +99,7 @@ def faults(source, module, package="numbabuf"):
             theirs = rest[0] if rest else ""
             if theirs not in ROOMS:
                 found.append(f"{where}, which belongs to no room")
-            elif theirs == room(module) or any(".".join(rest).startswith(view) for view in VIEWS):
+            elif theirs == room(module):
                 pass
             elif theirs not in ROOMS[room(module)]:
                 found.append(f"{where}, and {room(module)} may not import {theirs}")

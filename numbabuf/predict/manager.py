@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .. import _cuda
-from ..checks import whole_number
+from ..checks import OnProgress, whole_number
 from ..demand import buckets
 from ..demand.model import DemandModel
 from ..pool.pool import BufferPool
@@ -171,7 +171,7 @@ class PredictiveBufferManager(InputBufferManager):
         fn: Callable[[Step], Any],
         sizes: Iterable[int | Mapping[str, int]] | None = None,
         *,
-        progress: bool = False,
+        on_progress: OnProgress | None = None,
         warm_up: str | None = None,
     ) -> tuple[dict[str, int], ...]:
         """As `InputBufferManager.capture_buckets`; without `sizes`, the sizes that the demand so far suggests.
@@ -179,11 +179,13 @@ class PredictiveBufferManager(InputBufferManager):
         `prewarm` goes on with the same function.
         """
         sizes = self.prewarmer.planned() if sizes is None else sizes
-        return super().capture_buckets(fn, sizes, progress=progress, warm_up=warm_up)
+        return super().capture_buckets(fn, sizes, on_progress=on_progress, warm_up=warm_up)
 
-    def prewarm(self, fn: Callable[[Step], Any] | None = None, *, progress: bool = False) -> tuple[int, ...]:
+    def prewarm(
+        self, fn: Callable[[Step], Any] | None = None, *, on_progress: OnProgress | None = None
+    ) -> tuple[int, ...]:
         """Have ready what the demand suggests: graphs of the planned sizes, and buffers; see `Prewarmer.prewarm`."""
-        return self.prewarmer.prewarm(fn, progress=progress)
+        return self.prewarmer.prewarm(fn, on_progress=on_progress)
 
     def start(self, interval_s: float = 1.0) -> None:
         """Prewarm in a thread of its own, every `interval_s` seconds, until `stop` or `close`.

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .. import _cuda
-from ..checks import nbytes, whole_number
+from ..checks import OnProgress, whole_number
 from ..demand import buckets
 from ..demand.model import DemandModel
 from ..errors import BusyError, ClosedError
@@ -23,7 +23,6 @@ from ..pool.spec import BufferSpec
 from ..resource import Resource
 from ..step.graph import Step
 from ..step.program import Program, check_function
-from ..view.progress import stopped, track
 from .background import Background
 from .budgets import Budgets, Reserve
 from .choice import Plan, by_value, pricing
@@ -180,7 +179,9 @@ class Prewarmer(Resource):
 
     # --------------------------------------------------------------------------------------------------- prewarm
 
-    def prewarm(self, fn: Callable[[Step], object] | None = None, *, progress: bool = False) -> tuple[int, ...]:
+    def prewarm(
+        self, fn: Callable[[Step], object] | None = None, *, on_progress: OnProgress | None = None
+    ) -> tuple[int, ...]:
         """Have ready what the demand suggests: graphs of the planned sizes, and the buffers of those forecast.
 
         Parameters
@@ -188,8 +189,8 @@ class Prewarmer(Resource):
         fn : callable, optional
             What to capture; default: the program's function. It is called twice per size and changes no data, as in
             `InputBufferManager.capture_buckets`.
-        progress : bool
-            Show a progress bar on standard error, and what was reached if it ends early.
+        on_progress : callable
+            ``on_progress(done, total, size, free_bytes)`` is called after each graph, as by `capture_buckets`.
 
         Returns
         -------
@@ -228,13 +229,13 @@ class Prewarmer(Resource):
         try:
             if fn is not None:
                 program.function = fn
-            captured = self._prewarm_graphs(progress)
+            captured = self._prewarm_graphs(on_progress)
             self._prewarm_buffers()
             return captured
         finally:
             self._prewarming.release()
 
-    def _prewarm_graphs(self, progress: bool) -> tuple[int, ...]:
+    def _prewarm_graphs(self, on_progress: OnProgress | None) -> tuple[int, ...]:
         fn = self.program.function
         if fn is None:
             return ()
@@ -246,7 +247,7 @@ class Prewarmer(Resource):
         captured: list[int] = []
         began = self._clock()
         why = ""
-        for size in track(order, total=len(order), label="prewarm", enabled=progress, note=_size_and_room):
+        for size in order:
             why = self._spent(began, captured) or self._stock.make_room(size, plan)
             if not why and self.program.function is not fn:
                 why = ANEW
@@ -254,9 +255,11 @@ class Prewarmer(Resource):
             if why:
                 break
             captured.append(size)
+            if on_progress is not None:
+                on_progress(len(captured), len(order), {"tokens": size}, _free_bytes())
         self._capture_seconds += self._clock() - began
-        if progress and why:
-            stopped("prewarm", len(captured), len(order), why)
+        if why:
+            _log.debug("prewarm stopped after %d of %d: %s", len(captured), len(order), why)
         while len(captured) == len(order) and self._stock.drop_one(plan):
             pass
         return tuple(captured)
@@ -346,7 +349,7 @@ def _refitter(budgets: Budgets, cost: buckets.Cost | None, window: int) -> bucke
     return buckets.Refitter(budgets.max_graphs, max_size=budgets.max_size, cost=cost, window=window)
 
 
-def _size_and_room(size: int) -> str:
-    """What a progress bar says while a size is captured."""
+def _free_bytes() -> int | None:
+    """Bytes free on the device, as far as the backend tells."""
     free = _cuda.memory_info()
-    return f"{size} tokens" + (f", {nbytes(free[0])} free" if free else "")
+    return free[0] if free else None

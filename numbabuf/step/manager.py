@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import _cuda, config
-from ..checks import whole_number
+from ..checks import OnProgress, whole_number
 from ..errors import CaptureError
 from ..pool.pool import BufferPool, SimpleBufferPool
 from ..pool.spec import BufferSpec
@@ -347,7 +347,7 @@ class InputBufferManager(Resource):
         fn: Callable[[Step], Any],
         sizes: Iterable[int | Mapping[str, int]] | None = None,
         *,
-        progress: bool = False,
+        on_progress: OnProgress | None = None,
         warm_up: str | None = None,
     ) -> tuple[dict[str, int], ...]:
         """Capture `fn` once per size: every size is rehearsed first, then captured, the largest first.
@@ -362,8 +362,9 @@ class InputBufferManager(Resource):
         sizes : iterable of int, or of mappings of axis to int, optional
             The sizes to capture, as they are; an int is a number of tokens, with every further axis at its largest.
             Default: the bucket list of "tokens".
-        progress : bool
-            Show a progress bar on standard error, and what was reached if it fails.
+        on_progress : callable
+            ``on_progress(done, total, size, free_bytes)`` is called after each of the two calls per size;
+            `progress.Bar` is one that shows a bar. What it raises ends the capture as what `fn` raises does.
         warm_up : {None, "run"}
             "run": the first call for each size is no capture but runs, over slots that are all padding. For functions
             that need a run before they can be captured; it changes what the function writes.
@@ -389,7 +390,7 @@ class InputBufferManager(Resource):
         work that it sends to other streams past Numba (drivers, other libraries) runs at once.
         """
         check_function(fn)
-        return self._first.capture_all(fn, sizes, progress=progress, warm_up=warm_up)
+        return self._first.capture_all(fn, sizes, on_progress=on_progress, warm_up=warm_up)
 
     def replay(
         self,

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _cuda
-from ..checks import nbytes
+from ..checks import OnProgress
 from ..errors import BucketOverflowError, ClosedError, GraphMissingError
 from ..resource import Resource
-from ..view.progress import stopped, track
 from .arena import Arena
 from .fill import Fill
 from .graph import CapturedStep, Step
@@ -275,21 +274,21 @@ class Program(Resource):
         self,
         sizes: Iterable[int | Mapping[str, int]] | None = None,
         *,
-        progress: bool = False,
+        on_progress: OnProgress | None = None,
         warm_up: str | None = None,
     ) -> tuple[dict[str, int], ...]:
         """Capture the function once per size, in addition to the sizes that have graphs.
 
         See `InputBufferManager.capture_buckets`; by default the sizes are the program's `buckets`.
         """
-        return self.capture_all(self._function(), sizes, progress=progress, warm_up=warm_up)
+        return self.capture_all(self._function(), sizes, on_progress=on_progress, warm_up=warm_up)
 
     def capture_all(
         self,
         fn: Callable[[Step], Any],
         sizes: Iterable[int | Mapping[str, int]] | None,
         *,
-        progress: bool,
+        on_progress: OnProgress | None,
         warm_up: str | None,
     ) -> tuple[dict[str, int], ...]:
         """Capture `fn` once per size; where it is another function than before, its graphs replace all others."""
@@ -304,21 +303,19 @@ class Program(Resource):
             asked = sorted(layout.wanted(sizes), reverse=True)
             captured: list[CapturedStep] = []
             work = [("warm", size) for size in asked] + [("capture", size) for size in asked]
-            note = functools.partial(_note, layout)
             try:
-                for phase, size in track(work, total=len(work), label="capture_buckets", enabled=progress, note=note):
+                for done, (phase, size) in enumerate(work, 1):
                     if phase == "warm":
                         self._rehearse(arena, size, fn, run=warm_up == "run")
-                        continue
-                    if not captured:
-                        shared.stream.synchronize()
-                    captured.append(self._record(arena, size, fn))
-            except BaseException as error:
+                    else:
+                        if not captured:
+                            shared.stream.synchronize()
+                        captured.append(self._record(arena, size, fn))
+                    if on_progress is not None:
+                        on_progress(done, len(work), layout.named(size), _free_bytes())
+            except BaseException:
                 for graph in captured:
                     graph.close()
-                if progress:
-                    why = f"{type(error).__name__} at {phase} {layout.named(size)}; none is kept"
-                    stopped("capture_buckets", len(captured), len(asked), why)
                 raise
             if fn == self.function:
                 self.graphs.adopt(captured)
@@ -497,8 +494,7 @@ def _size(graph: CapturedStep) -> CapturedSize:
     )
 
 
-def _note(layout: Layout, item: tuple[str, tuple[int, ...]]) -> str:
-    """What a progress bar says while a size is captured."""
+def _free_bytes() -> int | None:
+    """Bytes free on the device, as far as the backend tells."""
     free = _cuda.memory_info()
-    room = f", {nbytes(free[0])} free" if free else ""
-    return f"{item[0]} {layout.named(item[1])}{room}"
+    return free[0] if free else None

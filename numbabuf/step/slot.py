@@ -23,7 +23,7 @@ from .conversion import Conversion
 __all__ = ["InputSlot"]
 
 RESERVED = frozenset(
-    "self inputs num_tokens each at_least max_padding timeout fn sizes progress warm_up verify".split()
+    "self inputs num_tokens each at_least max_padding timeout fn sizes on_progress warm_up verify".split()
 )
 """What no axis may be called: a size is given by the name of its axis, beside these arguments."""
 

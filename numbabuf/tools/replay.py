@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .. import _cuda
 from ..pool.spec import BufferSpec
 from ..step.manager import InputBufferManager
-from ..view.progress import track
+from ..view.progress import Bar
 from ..view.report import thin
 from .pipeline import Pipeline
 from .steps import Step, token_inputs
@@ -49,9 +49,11 @@ def run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str, 
         ring=args.ring,
     ) as manager:
         driven = _Run(manager, args)
-        capture_s = driven.capture(progress=show)
+        with Bar("capture") if show else contextlib.nullcontext() as bar:
+            capture_s = driven.capture(bar)
         limited = itertools.islice(steps, args.steps or None)
-        driven.drive(track(limited, label="replay", total=args.steps or None, enabled=show))
+        with Bar("replay") if show else contextlib.nullcontext() as bar:
+            driven.drive(limited, args.steps or 0, bar)
         manager.synchronize()
         return driven.results(capture_s, complete=driven.mismatch is None and next(steps, None) is None)
 
@@ -73,18 +75,20 @@ class _Run:
         self._row = np.zeros(1, np.int64)
         self.mismatch: dict[str, float] | None = None
 
-    def capture(self, *, progress: bool) -> float:
+    def capture(self, on_progress: Bar | None) -> float:
         """Capture every bucket; return the seconds that it took."""
         begin = time.perf_counter()
-        self._manager.capture_buckets(self._pipeline, progress=progress)
+        self._manager.capture_buckets(self._pipeline, on_progress=on_progress)
         seconds = time.perf_counter() - begin
         self._manager.synchronize()
         return seconds
 
-    def drive(self, steps: Iterable[Step]) -> None:
+    def drive(self, steps: Iterable[Step], total: int, bar: Bar | None) -> None:
         """Run the steps until one is wrong."""
         for number, step in enumerate(steps):
             self._step(number, step)
+            if bar is not None:
+                bar(number + 1, total)
             if len(self._pending) == WINDOW:
                 self._compare()
                 if self.mismatch is not None:

@@ -1,73 +1,89 @@
 """A progress bar for the few operations that take seconds: tqdm where it is installed, a plain counter where it is not.
 
-Writes to standard error and knows nothing of buffers. Imports nothing of numbabuf.
+Writes to standard error. What it shows comes through the callable that `capture_buckets` and `prewarm` take.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-__all__ = ["stopped", "track"]
+from ..checks import nbytes
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = ["Bar"]
 
 
-def track(
-    items: Iterable[T],
-    *,
-    label: str,
-    enabled: bool,
-    total: int | None = None,
-    note: Callable[[T], Any] | None = None,
-) -> Iterator[T]:
-    """Yield `items`, showing on standard error how far it is.
+class Bar:
+    """A bar on standard error, given as ``on_progress``; leaving its ``with`` block clears it.
+
+    Where the work ended early, one line says how far it came.
 
     Parameters
     ----------
-    items
-        What to go through.
     label
         What is being done.
-    enabled
-        Shows nothing when false.
-    total
-        How many there are, where that is known.
-    note
-        Says of an item what to show beside the bar while it is worked on.
+
+    Examples
+    --------
+    >>> with Bar("capture") as bar:
+    ...     bar(1, 1, {"tokens": 8}, None)
     """
-    if not enabled or sys.stderr is None:
-        yield from items
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield from _count(items, label, total, note)
-        return
-    with tqdm(items, total=total, desc=label, file=sys.stderr, leave=False) as bar:
-        for item in bar:
-            if note is not None:
-                bar.set_postfix_str(str(note(item)))
-            yield item
 
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._done = self._total = 0
+        self._shown = 0.0
+        self._tqdm: tqdm | None = None
 
-def stopped(label: str, done: int, total: int, why: str) -> None:
-    """Say on standard error how far an operation came that did not reach its end."""
-    if sys.stderr is not None:  # else print would take stdout
-        print(f"{label}: stopped after {done:,} of {total:,}: {why}", file=sys.stderr)
+    def __call__(
+        self, done: int, total: int, size: Mapping[str, int] | None = None, free_bytes: int | None = None
+    ) -> None:
+        """Show that `done` of `total` are done, `size` the last of them, with `free_bytes` free on the device.
 
+        A total of 0 is not known.
+        """
+        self._done, self._total = done, total
+        if sys.stderr is None:
+            return
+        named = ", ".join(f"{axis}={value}" for axis, value in (size or {}).items())
+        note = named + (f", {nbytes(free_bytes)} free" if free_bytes else "")
+        if self._tqdm is None and not self._open():
+            self._count(note)
+        elif self._tqdm is not None:
+            self._tqdm.update(done - self._tqdm.n)
+            if note:
+                self._tqdm.set_postfix_str(note)
 
-def _count(items: Iterable[T], label: str, total: int | None, note: Callable[[T], Any] | None) -> Iterator[T]:
-    shown = 0.0
-    try:
-        for number, item in enumerate(items):
-            if time.monotonic() - shown >= 0.1:  # a terminal shows no more, and writing to it costs
-                shown = time.monotonic()
-                part = f"{number:,}/{total:,}" if total else f"{number:,}"
-                about = "" if note is None else note(item)
-                print(f"\r\x1b[K{label} {part} {about}", end="", file=sys.stderr, flush=True)
-            yield item
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._tqdm is not None:
+            self._tqdm.close()
+        if sys.stderr is None:  # print would take stdout
+            return
+        if self._tqdm is None and self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        if kind is not None or self._done < self._total:
+            why = "" if kind is None else f": {kind.__name__}"
+            print(f"{self._label}: stopped after {self._done:,} of {self._total:,}{why}", file=sys.stderr)
+
+    def _open(self) -> bool:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return False
+        self._tqdm = tqdm(total=self._total or None, desc=self._label, file=sys.stderr, leave=False)
+        return True
+
+    def _count(self, note: str) -> None:
+        if time.monotonic() - self._shown < 0.1:  # a terminal shows no more, and writing to it costs
+            return
+        self._shown = time.monotonic()
+        part = f"{self._done:,}/{self._total:,}" if self._total else f"{self._done:,}"
+        print(f"\r\x1b[K{self._label} {part} {note}", end="", file=sys.stderr, flush=True)

@@ -235,12 +235,6 @@ def test_captures_warm_all_first_then_largest_first(manager):
         manager.capture_buckets(fn, [8], warm_up="twice")
 
 
-def test_progress_shows_each_capture(manager, capsys):
-    manager.capture_buckets(lambda step: None, [8, 16], progress=True)
-    shown = capsys.readouterr().err
-    assert "capture_buckets" in shown and "/4" in shown and "warm {'tokens': 16}" in shown
-
-
 def test_capture_by_hand(manager):
     out = kit.to_device(np.zeros(16, np.int64))
     total = kit.to_device(np.zeros(1, np.int64))

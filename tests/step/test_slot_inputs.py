@@ -56,7 +56,8 @@ def test_an_index_is_not_padded_with_a_negative_one(pad, dtype):
 
 
 @pytest.mark.parametrize(
-    "axis", ["inputs", "num_tokens", "each", "self", "at_least", "max_padding", "timeout", "fn", "sizes+1", "progress"]
+    "axis",
+    ["inputs", "num_tokens", "each", "self", "at_least", "max_padding", "timeout", "fn", "sizes+1", "on_progress"],
 )
 def test_an_axis_is_not_called_as_an_argument(axis):
     with InputBufferManager(None, 1, 8, default_slots=False) as m, pytest.raises(ValueError, match="is taken"):

@@ -1,0 +1,3 @@
+"""A progress bar for captures: the public name of `numbabuf.view.progress`."""
+
+from .view.progress import *  # noqa: F403
