@@ -6,6 +6,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import sys
 import textwrap
 
@@ -184,3 +185,12 @@ def test_a_wrong_import_is_found(module, source, complaint):
 )
 def test_a_right_import_is_let_pass(module, source):
     assert faults(textwrap.dedent(source), module, f"numbabuf.{room(module)}") == []
+
+
+def test_the_map_names_files_that_are_there():
+    text = (PACKAGE.parent / "ARCHITECTURE.md").read_text()
+    named = set(re.findall(r"`((?:numbabuf|tests|\w+)/[\w/]+\.py)`", text))
+    assert len(named) >= 15
+    missing = [name for name in named if not ((PACKAGE / name).exists() or (PACKAGE.parent / name).exists())]
+    assert not missing
+    assert not [room for room in {name.split(".")[0] for name in ROOMS} - {"__main__"} if room not in text]
