@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from numbabuf.demand import learner
 from numbabuf.demand.buckets import Cost, Refitter, padded
 from numbabuf.demand.model import DemandModel
-from numbabuf.demand.planning import SGLANG, TENSORRT_LLM, VLLM
+from numbabuf.planning import SGLANG, TENSORRT_LLM, VLLM
 
 from . import harness
 

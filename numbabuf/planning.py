@@ -1,3 +1,3 @@
-"""Bucket lists compared over a demand: the public name of `numbabuf.demand.planning`."""
+"""Bucket lists compared over a demand: the public name of `numbabuf.demand.compare`."""
 
-from .demand.planning import *  # noqa: F403
+from .demand.compare import *  # noqa: F403

@@ -176,20 +176,23 @@ def plan(demand: Demand, k: int, *, max_size: int, prior: float | Demand = UNSEE
     max_size = _positive("max_size", max_size)
     cost = cost or Cost()
     sizes, weights = _histogram(demand)
-    total = weights[sizes <= max_size].sum()
     grid = _grid(max_size, max(64, 4 * k))
-    if not isinstance(prior, (int, float, np.number)):
-        extra, extra_weights = _histogram(prior)
-    else:
-        if not 0 <= prior < 1:
-            raise ValueError(f"prior must be a share of the demand from 0 to below 1, or a demand; found {prior!r}")
-        share = prior * total / (1 - prior) if total else 1.0
-        extra, extra_weights = grid, np.full(grid.size, share / grid.size)
+    extra, extra_weights = _expected(prior, grid, weights[sizes <= max_size].sum())
     # The grid and the maximum are candidates in any case, at no weight, so that k sizes can always be found.
     x, weight = _merge((sizes, weights), (extra, extra_weights), (grid, np.zeros(grid.size)))
     inside = x <= max_size
     x, weight = _thin(x[inside], weight[inside], max(MOST_CANDIDATES, k))
     return _best(x, weight, k, cost.steps(x), np.full(x.size, cost.graph))
+
+
+def _expected(prior: float | Demand, grid: Ints, total: float) -> tuple[Ints, Floats]:
+    """Demand that the past did not show: what `prior` says, or that share of all, spread over the grid."""
+    if not isinstance(prior, (int, float, np.number)):
+        return _histogram(prior)
+    if not 0 <= prior < 1:
+        raise ValueError(f"prior must be a share of the demand from 0 to below 1, or a demand; found {prior!r}")
+    share = float(prior * total / (1 - prior)) if total else 1.0
+    return grid, np.full(grid.size, share / grid.size)
 
 
 def _best(x: Ints, weight: Floats, k: int, price: Floats, fee: Floats) -> Ints:
@@ -319,20 +322,9 @@ class Refitter:
         if not block.size:
             return False
         self.refits += 1
-        self._x, self._weight = _merge(
-            (self._x, self._weight * 0.5 ** (steps / self.window)), (block, np.ones(block.size))
-        )
-        alive = self._weight > 1e-3
-        self._x, self._weight = self._x[alive], self._weight[alive]
-        # The demand expected over the next `window` steps, the unseen included.
-        total = self._weight.sum()
-        grid = _grid(self.max_size, 64)
-        unseen = np.full(grid.size, UNSEEN * total / grid.size)
-        x, weight = _merge(
-            (self._x, self._weight * (1 - UNSEEN)), (grid, unseen), (self.sizes, np.zeros(self.sizes.size))
-        )
-        x, weight = _thin(x, weight * (self.window / total), MOST_CANDIDATES // 2, self.sizes)
+        self._remember(block, steps)
         capture = self.cost.graph or 10 * float(self.cost.steps(block).mean())
+        x, weight = self._expected()
         fee = np.where(np.isin(x, self.sizes), 0.0, capture)
         best = _best(x, weight, self.k, self.cost.steps(x), fee)
         new = np.setdiff1d(best, self.sizes, assume_unique=True).size
@@ -341,6 +333,22 @@ class Refitter:
         self.sizes = best
         self.captures += new
         return True
+
+    def _remember(self, block: Ints, steps: int) -> None:
+        """Count a block of sizes, and forget as much of the earlier ones as so many steps ask for."""
+        before = self._x, self._weight * 0.5 ** (steps / self.window)
+        self._x, self._weight = _merge(before, (block, np.ones(block.size)))
+        alive = self._weight > 1e-3
+        self._x, self._weight = self._x[alive], self._weight[alive]
+
+    def _expected(self) -> tuple[Ints, Floats]:
+        """The demand expected over the next `window` steps, the unseen included."""
+        total = self._weight.sum()
+        grid = _grid(self.max_size, 64)
+        unseen = np.full(grid.size, UNSEEN * total / grid.size)
+        seen = self._x, self._weight * (1 - UNSEEN)
+        x, weight = _merge(seen, (grid, unseen), (self.sizes, np.zeros(self.sizes.size)))
+        return _thin(x, weight * (self.window / total), MOST_CANDIDATES // 2, self.sizes)
 
 
 def _grid(max_size: int, count: int) -> Ints:

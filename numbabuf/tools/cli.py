@@ -25,7 +25,7 @@ from .. import config
 from ..errors import BackendError, NumbabufError
 
 if TYPE_CHECKING:
-    from ..demand.planning import Comparison
+    from ..demand.compare import Comparison
 
 __all__ = ["main"]
 
@@ -324,7 +324,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace) -> int:
     """Print the bucket list for a log, and what other lists would pad on it."""
-    from ..demand.planning import compare
+    from ..demand.compare import compare
     from .tracefiles import read_trace
 
     if args.plot:

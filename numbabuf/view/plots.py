@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..demand.compare import Comparison
 from ..demand.model import DemandModel, Forecast
 from ..pool.spec import Tier
 from ..step.stats import ManagerStats
@@ -20,7 +21,7 @@ from .timeline import occupancy
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["demand", "padding", "tiers"]
+__all__ = ["comparison", "demand", "padding", "tiers"]
 
 _LIVE, _PADDED, _MARK = html.COLORS[:3]
 
@@ -149,4 +150,35 @@ def tiers(events: np.ndarray, *, ax: Axes | None = None) -> Axes:
     ax.set_title("tiers: reserved (line) and leased (filled)")
     if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False)
+    return ax
+
+
+def comparison(found: Comparison, *, ax: Axes | None = None) -> Axes:
+    """Draw the padding of each bucket list as a bar.
+
+    Parameters
+    ----------
+    found : Comparison
+        What `planning.compare` returned. Steps that a list has no bucket for are named at its bar: its padding speaks
+        of the others alone.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw.
+
+    Returns
+    -------
+    ax : matplotlib.axes.Axes
+    """
+    ax = _axes(ax, height=0.4 * len(found.fits) + 1)
+    names = [f"{fit.name} ({len(fit.buckets)})" for fit in found.fits]
+    colours = ["tab:green"] + ["tab:gray"] * (len(names) - 1)
+    bars = ax.barh(names, [100 * fit.padding for fit in found.fits], color=colours)
+    labels = [
+        f"{100 * fit.padding:.1f} %" + (f", {100 * (1 - fit.covered):.1f} % uncovered" if fit.covered < 1 else "")
+        for fit in found.fits
+    ]
+    ax.bar_label(bars, labels, padding=3)
+    ax.margins(x=0.25)
+    ax.invert_yaxis()
+    ax.set_xlabel("padding, % of the work asked for")
+    ax.set_title(f"{found.steps:,} steps")
     return ax

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numbabuf.demand import planning
+from numbabuf import planning
 from numbabuf.demand.buckets import padded
-from numbabuf.demand.planning import LISTS, SGLANG, TENSORRT_LLM, VLLM, Fit, compare
+from numbabuf.planning import LISTS, SGLANG, TENSORRT_LLM, VLLM, Fit, compare
 
 
 def test_the_rules():

@@ -1,12 +1,13 @@
 """Which buckets a log of sizes calls for, beside the lists that serving engines capture by default.
 
 `compare` plans a list and sets it against powers of two and the lists of vLLM, SGLang and TensorRT-LLM, each
-as it is and thinned to the same count; `numbabuf plan` prints the result. Host only: NumPy, and matplotlib
-for a plot. It sits above `buckets` and knows neither traces nor devices.
+as it is and thinned to the same count; `numbabuf plan` prints the result. NumPy only: the picture is
+fetched from `view.plots` by name. It sits above `buckets` and knows neither traces nor devices.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -111,6 +112,11 @@ class Fit:
             used=int(np.unique(ran).size),
         )
 
+    def row(self) -> tuple[str, ...]:
+        """Return name, count of buckets, those used, and padding and covered steps in per cent."""
+        percent = (f"{100 * share:.2f}" for share in (self.padding, self.covered))
+        return (self.name, str(len(self.buckets)), str(self.used), *percent)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -141,16 +147,7 @@ class Comparison:
         """Return the comparison as text, the planned sizes above it."""
         lines = [f"buckets: {', '.join(map(str, self.planned.buckets))}", ""]
         head = ("list", "count", "used", "padding %", "covered %")
-        rows = [
-            (
-                fit.name,
-                str(len(fit.buckets)),
-                str(fit.used),
-                f"{100 * fit.padding:.2f}",
-                f"{100 * fit.covered:.2f}",
-            )
-            for fit in self.fits
-        ]
+        rows = [fit.row() for fit in self.fits]
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         for row in (head, *rows):
             cells = [row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
@@ -162,25 +159,8 @@ class Comparison:
 
         Steps that a list has no bucket for are named at its bar: its padding speaks of the others alone.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("a plot needs matplotlib: pip install 'numbabuf[plot]'") from error
-        if ax is None:
-            _, ax = plt.subplots(figsize=(7, 0.4 * len(self.fits) + 1), layout="constrained")
-        names = [f"{fit.name} ({len(fit.buckets)})" for fit in self.fits]
-        colours = ["tab:green"] + ["tab:gray"] * (len(names) - 1)
-        bars = ax.barh(names, [100 * fit.padding for fit in self.fits], color=colours)
-        labels = [
-            f"{100 * fit.padding:.1f} %" + (f", {100 * (1 - fit.covered):.1f} % uncovered" if fit.covered < 1 else "")
-            for fit in self.fits
-        ]
-        ax.bar_label(bars, labels, padding=3)
-        ax.margins(x=0.25)
-        ax.invert_yaxis()
-        ax.set_xlabel("padding, % of the work asked for")
-        ax.set_title(f"{self.steps:,} steps")
-        return ax
+        axes: Axes = importlib.import_module("numbabuf.view.plots").comparison(self, ax=ax)
+        return axes
 
 
 def compare(sizes: ArrayLike, k: int, *, max_size: int | None = None, cost: Cost | None = None) -> Comparison:
@@ -215,26 +195,30 @@ def compare(sizes: ArrayLike, k: int, *, max_size: int | None = None, cost: Cost
     >>> compare([3, 3, 5, 60], 3).planned.buckets
     (3, 5, 60)
     """
+    x = _stream(sizes)
+    top = int(x.max()) if max_size is None else max_size
+    planned = plan(x, k, max_size=top, cost=cost)
+    full = [(other.name, np.array(other.sizes(top), np.int64)) for other in LISTS]
+    own = tuple(Fit.of(name, buckets, x) for name, buckets in full)
+    equal = tuple(_thinned(name, buckets, planned.size, x) for name, buckets in full)
+    return Comparison(Fit.of("planned", planned, x), own, equal, int(x.size))
+
+
+def _stream(sizes: ArrayLike) -> Ints:
     x = np.asarray(sizes)
     if x.ndim != 1 or not x.size or x.dtype.kind not in "iu":
         raise ValueError(f"a stream of sizes must be whole numbers in one dimension; found {x.dtype}, shape {x.shape}")
     x = x.astype(np.int64)
     if x.min() < 1:
         raise ValueError(f"a stream of sizes must be whole numbers from 1; found {x.min()}")
-    top = int(x.max()) if max_size is None else max_size
-    planned = plan(x, k, max_size=top, cost=cost)
-    own, equal = [], []
-    for other in LISTS:
-        full = np.array(other.sizes(top), np.int64)
-        own.append(Fit.of(other.name, full, x))
-        if full.size > planned.size:
-            # The same engine with as many graphs: its best sizes for this stream, its own largest among them.
-            runs_in = padded(x[x <= full[-1]], full)
-            some, counts = np.unique(runs_in, return_counts=True)
-            thin = np.intersect1d(plan((some, counts), planned.size, max_size=int(full[-1]), prior=0), full)
-            spare = np.setdiff1d(full, thin)[: planned.size - thin.size]  # no step needs them, but they count
-            thin = np.union1d(thin, spare)
-            equal.append(Fit.of(f"{other.name}, thinned", thin, x))
-        else:
-            equal.append(Fit.of(f"{other.name}, no more to thin", full, x))
-    return Comparison(Fit.of("planned", planned, x), tuple(own), tuple(equal), int(x.size))
+    return x
+
+
+def _thinned(name: str, full: Ints, count: int, x: Ints) -> Fit:
+    """The same engine with as many graphs: its best sizes for this stream, its own largest among them."""
+    if full.size <= count:
+        return Fit.of(f"{name}, no more to thin", full, x)
+    some, counts = np.unique(padded(x[x <= full[-1]], full), return_counts=True)
+    thin = np.intersect1d(plan((some, counts), count, max_size=int(full[-1]), prior=0), full)
+    spare = np.setdiff1d(full, thin)[: count - thin.size]  # no step needs them, but they count
+    return Fit.of(f"{name}, thinned", np.union1d(thin, spare), x)
