@@ -219,7 +219,7 @@ def refuse_foreign(stream: _cuda.Stream, device: int) -> None:
 
 def refuse_captured(stream: _cuda.Stream) -> None:
     """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
-    if not _cuda.capturing() and not stream.closed and _cuda.is_capturing(stream):
+    if not stream.closed and _cuda.is_capturing(stream) and not _cuda.capturing():
         raise CaptureError(
             f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
             "numbabuf, and nothing tells a pool when that graph is done with a buffer: allocate it before that capture "

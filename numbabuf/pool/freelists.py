@@ -152,8 +152,12 @@ class FreeLists:
         for _ in range(len(line or ())):
             ticket: Ticket = line.pop()  # type: ignore[union-attr]
             fence = ticket.block.fence
-            if same_stream(fence.last, stream) and (len(fence.events) == 1 or not _cuda.capturing()):
-                return self._behind(ticket, stream, line)
+            if same_stream(fence.last, stream):
+                if len(fence.events) == 1:
+                    ticket.block.fence = None
+                    return ticket
+                if not _cuda.capturing():
+                    return self._behind(ticket, stream, line)
             line.appendleft(ticket)  # type: ignore[union-attr]
         return None
 

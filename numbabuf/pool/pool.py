@@ -24,7 +24,7 @@ from .entry import BufferEntry
 from .oom import Ladder
 from .spec import BufferSpec, Tier
 from .stats import Frozen, OomSteps, PoolStats, Scope, caller
-from .store import Store
+from .store import Store, refuse_foreign_capture
 
 __all__ = ["BufferPool", "Limits", "SimpleBufferPool"]
 
@@ -280,15 +280,9 @@ class SimpleBufferPool(BufferPool):
             wrapped: _cuda.Stream | None = self._stream(stream)
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
-        with self._step("allocate"):
-            store.refuse_closed()
-            if wrapped is not None:
-                store.refuse_elsewhere(wrapped)
-                refuse_captured(wrapped)
-            ticket, kind = store.find(spec, wrapped)
-            if ticket is not None:
-                store.lease(ticket, kind, wrapped)
-                return BufferEntry(ticket)
+        entry = self._hit(spec, wrapped)
+        if entry is not None:
+            return entry
         if _cuda.capturing():
             raise CaptureError(
                 f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
@@ -305,6 +299,27 @@ class SimpleBufferPool(BufferPool):
                 return BufferEntry(ticket)
 
         return self._ladder.climb(spec, serve, self._demote)
+
+    def _hit(self, spec: BufferSpec, stream: _cuda.Stream | None) -> BufferEntry | None:
+        """Lease an idle buffer in the order of `stream`; None if there is none."""
+        # Guarded by benchmarks/pool.py: `_step` in its parts.
+        store = self._store
+        store.turns.refuse_mine(self, "allocate")
+        try:
+            with store.there(), store.lock:
+                store.turns.do_late()
+                store.refuse_closed()
+                if stream is not None:
+                    store.refuse_elsewhere(stream)
+                    refuse_captured(stream)
+                ticket, kind = store.find(spec, stream)
+                if ticket is None:
+                    return None
+                store.lease(ticket, kind, stream)
+                return BufferEntry(ticket)
+        except Exception as error:
+            refuse_foreign_capture(error, "allocate")
+            raise
 
     def _demote(self, tier: Tier, nbytes: int) -> str | None:
         """The rung of the ladder that is the pool's own: this one has nothing to move."""

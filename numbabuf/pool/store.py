@@ -21,7 +21,7 @@ from .spec import BufferSpec, Tier, size_class
 from .stats import Watch
 from .turns import Turns
 
-__all__ = ["Store"]
+__all__ = ["Store", "refuse_foreign_capture"]
 
 _log = logging.getLogger("numbabuf")
 
@@ -162,10 +162,11 @@ class Store:
             users = block.users
             if stream is not None:
                 self.refuse_elsewhere(stream)
-                block.add_user(stream)
+                if users != (stream,):
+                    block.add_user(stream)
             try:
-                for user in block.users:
-                    if user is stream or not self._captured_by_us(user):
+                for user in block.users:  # asked once: `put_back` takes it for known
+                    if user is stream or not _cuda.captures or not self._captured_by_us(user):
                         refuse_captured(user)
                 self.put_back(ticket, asked=True)
             except BaseException:
@@ -192,9 +193,8 @@ class Store:
                 turns.do_late()
                 yield
             except Exception as error:
-                if not _cuda.is_capture_error(error):
-                    raise
-                raise _refused(what) from error
+                refuse_foreign_capture(error, what)
+                raise
             finally:
                 turns.do_late()
 
@@ -242,11 +242,11 @@ class Store:
 
         `asked`: its users are known to be captured by no thread but this one.
         """
-        if block.pinned_by_graph:
+        if block.pins and block.pinned_by_graph:
             return True
-        users = () if asked and not _cuda.captures else block.users
-        if block.captured is not None:
-            users = (*users, block.captured)
+        if asked and block.captured is None and not _cuda.captures:
+            return False
+        users = block.users if block.captured is None else (*block.users, block.captured)
         return any(not stream.closed and _cuda.is_capturing(stream) for stream in users)
 
     def put_back(self, ticket: Ticket, *, asked: bool = False) -> None:
@@ -383,8 +383,7 @@ class Store:
         except BaseException as error:
             with self.lock:
                 self.ledger.withdraw(spec.tier, nbytes)
-            if _cuda.is_capture_error(error):
-                raise _refused(f"a request for {spec}") from error
+            refuse_foreign_capture(error, f"a request for {spec}")
             raise
         with self.lock:
             self.ledger.keep(spec.tier, nbytes)
@@ -656,11 +655,13 @@ class Store:
         self._begin(Ledger(None, None))
 
 
-def _refused(what: str) -> CaptureError:
-    return CaptureError(
-        f"{what} needs the driver, which refuses it while another library captures a graph in this thread; that graph "
-        "may have been ended by it: call it before or after that capture"
-    )
+def refuse_foreign_capture(error: BaseException, what: str) -> None:
+    """Raise CaptureError if `error` is the driver's refusal of `what` in a thread that another library captures in."""
+    if _cuda.is_capture_error(error):
+        raise CaptureError(
+            f"{what} needs the driver, which refuses it while another library captures a graph in this thread; that "
+            "graph may have been ended by it: call it before or after that capture"
+        ) from error
 
 
 _inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it
