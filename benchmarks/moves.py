@@ -18,7 +18,8 @@ import numpy as np
 from numbabuf import _cuda
 from numbabuf.pool.block import Block
 from numbabuf.pool.spec import BufferSpec, Tier
-from numbabuf.tiers.mover import BLOCKS, Move, Mover, plan
+from numbabuf.tiers import mover as movers
+from numbabuf.tiers.mover import BLOCKS_UP, Move, Mover
 
 from . import _machine, _rivals, harness
 
@@ -142,7 +143,7 @@ def run(smoke: bool, *, repeats: int | None = None) -> dict[str, Any]:
     gpu = harness.on_gpu()
     repeats = repeats or (2 if smoke else 30 if gpu else 10)
     large, small, many = (LARGE, SMALL, 1000) if gpu and not smoke else ((4096,), (256,), 20)
-    counts = COUNTS if gpu and not smoke else (BLOCKS,)
+    counts = COUNTS if gpu and not smoke else (BLOCKS_UP,)
     machine = _machine.measure(smoke)
     rivals, rows = _rivals.found()
     for direction in DIRECTIONS:
@@ -152,7 +153,7 @@ def run(smoke: bool, *, repeats: int | None = None) -> dict[str, Any]:
     planning = []
     for count in (1, 100, 1000):
         copies = [(i << 20, (1 << 45) + (i << 20), 4096) for i in range(count)]
-        timing = harness.measure(lambda copies=copies: plan(copies), repeats=10 * repeats)  # type: ignore[misc]
+        timing = harness.measure(lambda copies=copies: movers.table(copies), repeats=10 * repeats)  # type: ignore[misc]
         planning.append(harness.row(f"plan of {count} copies", timing))
     return {"gpu": gpu, "machine": asdict(machine), "rows": rows, "planning": planning}
 

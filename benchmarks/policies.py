@@ -41,7 +41,7 @@ class Device(Ghost):
 
     def in_order(self) -> Iterator[int]:
         """Yield the keys held, coldest first."""
-        return self.policy.coldest(self._held)
+        return iter(sorted(self._held, key=lambda key: (self.policy.order.ranks.get(key, -np.inf), key)))
 
 
 def bucket_lists(largest: int) -> dict[str, np.ndarray]:

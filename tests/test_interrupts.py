@@ -17,7 +17,7 @@ import numbabuf
 from numbabuf import _cuda
 
 FILES = {str(path) for path in (pathlib.Path(numbabuf.__file__).parent / "step").glob("*.py")}
-NOT_THE_MANAGERS = ("statistics", "entry", "reserve", "unfix", "hierarchy", "prewarm")
+NOT_THE_MANAGERS = ("statistics", "entry", "reserve", "demote, use", "hierarchy", "prewarm")
 STRIDE = 3
 """How many places a run goes on by; 1 finds no more, and takes longer."""
 OPERATIONS = {name: made for name, made in OPERATIONS.items() if not any(word in name for word in NOT_THE_MANAGERS)}

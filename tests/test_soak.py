@@ -67,7 +67,7 @@ class Load:
         self.total = kit.to_device(np.zeros(1, np.int64))
         self.wanted = 0
         self.held = []
-        self.moving = [self.tiers.allocate(BufferSpec(1024, "uint8")) for _ in range(12)]
+        self.moving = [self.tiers.allocate(BufferSpec(1024, "uint8"), movable=True) for _ in range(12)]
         self.capture()
         self.synchronize()
         self.total.copy_to_device(np.zeros(1, np.int64), stream=self.manager.stream)
@@ -139,7 +139,7 @@ class Load:
         index = random.integers(len(self.moving))
         self.tiers.demote([self.moving[index]], tier=Tier.PINNED)
         self.moving[index].release()
-        self.moving[index] = self.tiers.allocate(BufferSpec(1024, "uint8"))
+        self.moving[index] = self.tiers.allocate(BufferSpec(1024, "uint8"), movable=True)
 
     def _tidy(self, random):
         (self.pool.clear, self.tiers.clear, self.pool.stats, self.tiers.stats)[random.integers(4)]()

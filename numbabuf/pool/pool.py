@@ -40,8 +40,13 @@ class BufferPool(Resource):
     """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
 
     @abstractmethod
-    def allocate(self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None) -> BufferEntry:
-        """Lease a buffer of `spec`; `stream` is where the work that uses it will be queued."""
+    def allocate(
+        self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None, movable: bool = False
+    ) -> BufferEntry:
+        """Lease a buffer of `spec`; `stream` is where the work that uses it will be queued.
+
+        `movable`: the pool may move its contents between uses; a pool that moves nothing ignores it.
+        """
 
     def release(self, entry: BufferEntry, *, stream: _cuda.StreamLike | None = None) -> None:
         """End a lease; the same as ``entry.release(stream=stream)``."""
@@ -186,7 +191,9 @@ class SimpleBufferPool(BufferPool):
 
     # ------------------------------------------------------------------------------------------------------- leases
 
-    def allocate(self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None) -> BufferEntry:
+    def allocate(
+        self, spec: BufferSpec, *, stream: _cuda.StreamLike | None = None, movable: bool = False
+    ) -> BufferEntry:
         """Lease a buffer of `spec`.
 
         Parameters
@@ -196,6 +203,8 @@ class SimpleBufferPool(BufferPool):
         stream
             Where the work that uses the buffer will be queued; its release counts as on this stream, if not told
             otherwise. None: the default stream.
+        movable
+            Ignored: this pool moves nothing.
 
         Returns
         -------

@@ -81,9 +81,13 @@ class Arena:
         with contextlib.ExitStack() as undo:
             # With the stream, in both: the pool must order what runs here behind whatever an earlier lease of the
             # memory has queued, and a later lease behind the steps of an owner that was dropped without `release`.
-            self._device = pool.allocate(BufferSpec(layout.arena_bytes, "uint8", Tier.DEVICE), stream=stream)
+            self._device = pool.allocate(
+                BufferSpec(layout.arena_bytes, "uint8", Tier.DEVICE), stream=stream, movable=False
+            )
             undo.callback(self._device.release)
-            self._pinned = pool.allocate(BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream)
+            self._pinned = pool.allocate(
+                BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream, movable=False
+            )
             undo.callback(self._pinned.release)
             self._memory = self._device.array
             self._table_address = _cuda.address(self._memory)

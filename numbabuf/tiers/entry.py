@@ -1,34 +1,26 @@
-"""TieredEntry: a leased buffer whose contents may move between tiers, and what its pool remembers of it.
+"""MovableEntry: a leased buffer whose contents may move between tiers, and what its pool remembers of it.
 
-Moves nothing: it says where the contents are, and sees to it that they stay there once somebody holds their address.
-Sits above `moves`, below `hierarchy`.
+Moves nothing: it says where the contents are, and gives an address only while they stay there. Sits above `mover`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import threading
 import weakref
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import _cuda
-from ..errors import BusyError, ClosedError
-from ..pool.block import Ticket
+from ..errors import BusyError
+from ..pool.block import Block, Ticket
 from ..pool.entry import BufferEntry
 from ..pool.spec import BufferSpec, Tier
 from .mover import Mark
 
-__all__ = ["Record", "TieredEntry", "refuse_ended"]
+if TYPE_CHECKING:
+    from .residents import Residents
 
-
-def refuse_ended(life: _cuda.Lifetime | None) -> None:
-    """Raise ClosedError if the context with that life was closed or reset."""
-    if life is not None and life.ended:
-        raise ClosedError(
-            "this pool's memory went when its context was closed (cuda.close(), or a reset of the context or device), "
-            "and its entries with it: make a new pool"
-        )
+__all__ = ["MovableEntry", "Record"]
 
 
 class Record:
@@ -40,51 +32,36 @@ class Record:
         What the policy knows it by.
     entry : weakref
         When the entry dies, `key` is left in the pool's deque.
-    threads : list of int
-        The thread of each open lease and each move under way; while there are any, nobody else may move or release the
-        buffer.
-    fixed : bool
-        The caller has taken its address outside a lease.
+    books : weakref of Residents
+        Where the record is kept.
+    users : list of int
+        The thread of each open use; while there are any, the buffer is neither moved nor released.
+    moving : int
+        Steps under way that may move the buffer; while there are any, no other step of their thread moves it.
     copy : Ticket or None
         The same contents further down; only while the buffer is in device memory.
-    home : Ticket or None
-        Memory under a live graph that the buffer was demoted from and must come back to.
-    life : Lifetime or None
-        That of the context that the buffer's memory is in.
-    leases : int
-        Number of open leases among `threads`.
     mark : Mark or None
         After which all queued work on the buffer is done. None: after the work of its block's users.
     """
 
-    __slots__ = ("copy", "entry", "fixed", "home", "key", "leases", "life", "mark", "threads")
+    __slots__ = ("__weakref__", "books", "copy", "entry", "key", "mark", "moving", "users")
 
-    def __init__(self, key: int, entry: TieredEntry, gone: deque[int], life: _cuda.Lifetime | None = None) -> None:
+    def __init__(self, key: int, entry: MovableEntry, books: Residents, gone: deque[int]) -> None:
         self.key = key
-        self.life = life
         self.entry = weakref.ref(entry, lambda _, append=gone.append: append(key))  # type: ignore[misc]
-        self.threads: list[int] = []
-        self.leases = 0
-        self.fixed = False
+        self.books = weakref.ref(books)
+        self.users: list[int] = []
+        self.moving = 0
         self.copy: Ticket | None = None
-        self.home: Ticket | None = None
         self.mark: Mark | None = None
 
-    @property
-    def uses(self) -> int:
-        """Number of open leases and moves under way."""
-        return len(self.threads)
 
+class MovableEntry(BufferEntry):
+    """A leased buffer that its pool may move. Made by ``HierarchicalBufferPool.allocate(spec, movable=True)``.
 
-class TieredEntry(BufferEntry):
-    """A leased buffer whose contents may move between tiers. Made by `HierarchicalBufferPool.allocate`.
-
-    Within ``with pool.use([entry], stream=...)`` it stays where it is. Outside, which is also where all other threads
-    are, the pool may move it, and whoever takes its `array`, `address`, `device_array` or ``__cuda_array_interface__``
-    there, or names a stream of their own for it, fixes it: it is brought to the tier of its spec (BusyError where
-    another thread's use keeps it from that), the host waits for the moves of it, and there it stays, until it is
-    released or `HierarchicalBufferPool.unfix` is told that the address is not used any more. So a program that knows
-    nothing of tiers finds addresses as constant as in any other pool, and orders its own work as there.
+    It has an address only inside ``with pool.use([entry]) as (array,):``, in the thread that entered it: there it stays
+    where it is. Outside, reading `array`, `address`, `device_array`, `__cuda_array_interface__` or DLPack, or naming a
+    stream, raises BusyError.
 
     Attributes
     ----------
@@ -101,17 +78,28 @@ class TieredEntry(BufferEntry):
         self.spec = spec
 
     @property
-    def array(self) -> Any:
-        """The buffer where it is now. Outside a lease this fixes it there."""
-        self._fix()
-        return super().array
+    def record(self) -> Record:
+        """What the pool knows of the buffer; not for users."""
+        return self._record
 
-    def _fix(self) -> None:
-        block = self._block("used")
-        pool = block.pool()
-        refuse_ended(self._record.life)
-        if pool is not None and not self._record.fixed:
-            pool._fix(self)
+    @record.setter
+    def record(self, record: Record) -> None:
+        self._record = record
+
+    @property
+    def ticket(self) -> Ticket:
+        """The right to the memory that the contents are in, which a move exchanges; not for users."""
+        self._alive("used")
+        return self._held[0]
+
+    @ticket.setter
+    def ticket(self, ticket: Ticket) -> None:
+        self._held[0] = ticket
+
+    @property
+    def alive(self) -> bool:
+        """Whether the lease has not ended."""
+        return bool(self._held)
 
     @property
     def tier(self) -> Tier:
@@ -121,41 +109,44 @@ class TieredEntry(BufferEntry):
 
     @property
     def movable(self) -> bool:
-        """Whether the pool may move the buffer: no lease is open, and its address was not taken."""
-        return bool(self._held) and not self._record.fixed and not self._record.uses
+        """Whether the pool may move the buffer: no use of it is open."""
+        return bool(self._held) and not self._record.users and not self._record.moving
 
     @property
-    def address(self) -> int:
-        """Address of the first byte, as kernels see it. Outside a lease this fixes the buffer."""
-        self._fix()
-        return super().address
-
-    @property
-    def device_array(self) -> Any:
-        """The buffer as a kernel argument, on any stream. Outside a lease this fixes the buffer."""
-        self._fix()
-        return super().device_array
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3 of the interface. Outside a lease this fixes the buffer."""
-        self._fix()
-        return super().__cuda_array_interface__
-
-    def mark_in_use(self, *, stream: _cuda.StreamLike | None = None) -> None:
-        """Say that work queued on `stream` uses the buffer. Outside a lease this fixes it."""
-        self._fix()
-        super().mark_in_use(stream=stream)
+    def generation(self) -> int:
+        """Number of leases that the memory it is in has had, this one included."""
+        return self._alive("used").generation
 
     def record_stream(self, stream: _cuda.StreamLike) -> None:
-        """Name a further stream whose queued work uses the buffer. Outside a lease this fixes it."""
-        self._fix()
+        """Name a further stream whose queued work uses the buffer, within a use of it."""
         super().record_stream(stream)
         self._record.mark = None  # what is queued on that stream is behind no mark: ask the block for its users
 
+    def used(self, state: Any, now: float) -> None:
+        """Take note of a use that begins; not for users."""
+        self._state = state
+        self.last_used = now
+        self.use_count += 1
+
+    def _alive(self, what: str) -> Block:
+        return super()._block(what)
+
+    def _block(self, what: str) -> Block:
+        block = super()._block(what)
+        if what == "used" and threading.get_ident() not in self._record.users:
+            raise BusyError(
+                f"{self.spec} may move, and has an address only inside a use of it in this thread: read it within "
+                "`with pool.use([entry]) as (array,):`, or allocate the buffer without movable=True"
+            )
+        return block
+
+    def __enter__(self) -> MovableEntry:
+        self._alive("used")
+        return self
+
     def __repr__(self) -> str:
         where = f" in {self.tier.value}" if self._held else ""
-        return f"<TieredEntry {self.spec} {self.state.value}{where}>"
+        return f"<MovableEntry {self.spec} {self.state.value}{where}>"
 
     def release(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """End the lease, as in any pool; BusyError while a `use` of the buffer is open.
@@ -163,35 +154,29 @@ class TieredEntry(BufferEntry):
         Called in the middle of another call on the pool in the same thread, as a finaliser may, it ends the lease when
         that call returns.
         """
-        pool, life = self._block("released").pool(), self._record.life
-        self._refuse_leased()
-        if life is not None and life.ended:  # the memory is gone, and the books of the pool with it
+        block = self._alive("released")
+        self.refuse_used()
+        books = self._record.books()
+        if block.life.ended:  # the memory is gone, and the books of the pool with it
             self._held.clear()
-            return
-        if pool is None:
-            self._end(None, None)
-            return
-        wrapped = None if stream is None else _cuda.as_stream(stream)
-        record = self._record
-        if pool._turns.mine():
-            pool._turns.later(functools.partial(self._end_late, pool, wrapped))
-            return
-        if stream is None and self._held[0].block.plain and record.copy is None and record.home is None:
-            pool._turns.run(self._end, pool, None)  # hot path: the driver is asked for nothing
-            return
-        with pool._step("release"):
-            self._end(pool, wrapped)
+        elif books is None or block.pool() is None:
+            super().release(stream=stream)
+        else:
+            self._site = books.release(self, None if stream is None else _cuda.as_stream(stream))
 
-    def _refuse_leased(self) -> None:
-        if self._record.leases:
+    def refuse_used(self) -> None:
+        """Raise BusyError if a use of the buffer is open."""
+        if self._record.users:
             raise BusyError(f"{self.spec} was released while a use of it is open: leave its with block first")
 
-    def _end_late(self, pool: Any, stream: _cuda.Stream | None) -> None:
-        with contextlib.suppress(Exception):  # released twice meanwhile, or the driver fails: then it counts as lost
-            self._end(pool, stream)
+    def give_up(self) -> Ticket:
+        """End the lease and return what it held; StaleBufferError if it has ended before. Not for users."""
+        self.refuse_used()
+        try:
+            return self._held.pop()
+        except IndexError:
+            self._refuse("released")
 
-    def _end(self, pool: Any, stream: _cuda.Stream | None) -> None:
-        self._refuse_leased()
-        super().release(stream=stream)
-        if pool is not None:
-            pool._forget(self._record)
+    def take_back(self, ticket: Ticket) -> None:
+        """Go on with a lease whose end failed; not for users."""
+        self._held.append(ticket)

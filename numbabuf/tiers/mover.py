@@ -17,19 +17,24 @@ import numpy as np
 from .. import _cuda
 from .._cuda import kernels
 from ..pool.block import Block
+from ..pool.spec import Tier
 
-__all__ = ["BLOCKS", "Mark", "Move", "Mover", "plan"]
+__all__ = ["BLOCKS_DOWN", "BLOCKS_UP", "ENGINE_BYTES", "Mark", "Move", "Mover", "table"]
 
-BLOCKS = 16
-"""Thread blocks of a launch where nothing was calibrated: enough bytes in flight for a PCIe bus by Little's law
-(16 x 256 threads x 64 bytes = 256 KiB; 25 GB/s x 2 us = 50 KB), few enough to leave most of a card to its work."""
+BLOCKS_UP, BLOCKS_DOWN = 16, 8
+"""Most thread blocks of a launch that reads from the host, and of one that writes to it. By Little's law a PCIe 5 bus
+needs 25 to 80 KB in flight to be full (bandwidth x latency), and a block has 16 KiB; reads wait for their answer and
+writes do not, so that half as many do. Few enough to leave most of a card to its work."""
+ENGINE_BYTES = 4 << 20
+"""Moves of at least this many bytes go to the copy engine: there its call, 5 us of the host's time, is below 5 % of the
+move on a PCIe 5 bus, and it takes no thread blocks from the card's work."""
 THREADS = 256
 _compiled: set[int] = set()  # devices that have the kernel
 _PIECES_PER_BLOCK = 4
 _LEAST_PIECE, _LARGEST_PIECE = 16 << 10, 256 << 10  # bytes; a block's threads have 16 KiB in flight at a time
 
 
-def plan(copies: Iterable[Sequence[int]], *, blocks: int = BLOCKS) -> np.ndarray:
+def table(copies: Iterable[Sequence[int]], *, blocks: int = BLOCKS_UP) -> np.ndarray:
     """Make the table of one launch: runs that lie end to end on both sides merged, long ones cut into pieces.
 
     Parameters
@@ -52,9 +57,9 @@ def plan(copies: Iterable[Sequence[int]], *, blocks: int = BLOCKS) -> np.ndarray
 
     Examples
     --------
-    >>> plan([(4096, 65536, 96), (1024, 8192, 3072), (0, 0, 0)]).tolist()
+    >>> table([(4096, 65536, 96), (1024, 8192, 3072), (0, 0, 0)]).tolist()
     [[1024, 8192, 3072], [4096, 65536, 96]]
-    >>> plan([(96, 1096, 4), (64, 1064, 32)]).tolist()
+    >>> table([(96, 1096, 4), (64, 1064, 32)]).tolist()
     [[64, 1064, 36]]
     """
     runs = np.array(list(copies), np.int64).reshape(-1, 3)
@@ -73,11 +78,11 @@ def plan(copies: Iterable[Sequence[int]], *, blocks: int = BLOCKS) -> np.ndarray
     share = int(merged[:, 2].sum()) // (_PIECES_PER_BLOCK * blocks)
     piece = min(max(share // _LEAST_PIECE * _LEAST_PIECE, _LEAST_PIECE), _LARGEST_PIECE)
     counts = -(-merged[:, 2] // piece)
-    table = np.repeat(merged, counts, axis=0)
-    offsets = (np.arange(len(table)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
-    table[:, :2] += offsets[:, None]
-    table[:, 2] = np.minimum(table[:, 2] - offsets, piece)
-    return table
+    pieces = np.repeat(merged, counts, axis=0)
+    offsets = (np.arange(len(pieces)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
+    pieces[:, :2] += offsets[:, None]
+    pieces[:, 2] = np.minimum(pieces[:, 2] - offsets, piece)
+    return pieces
 
 
 def _refuse_overlap(runs: np.ndarray) -> None:
@@ -150,9 +155,9 @@ class Mover:
     Parameters
     ----------
     blocks
-        Thread blocks of a launch.
+        Most thread blocks of a launch. None: by direction, `BLOCKS_UP` or `BLOCKS_DOWN`.
     engine_bytes
-        Moves of at least this many bytes go to the copy engine instead, one driver call each; None for none of them.
+        Moves of at least this many bytes go to the copy engine instead, one driver call each. None: `ENGINE_BYTES`.
     depth
         Descriptor tables in the ring.
 
@@ -168,9 +173,9 @@ class Mover:
     Threads: the owner holds a lock round every call. Capture: not to be used while a capture is open.
     """
 
-    def __init__(self, *, blocks: int = BLOCKS, engine_bytes: int | None = None, depth: int = 4) -> None:
+    def __init__(self, *, blocks: int | None = None, engine_bytes: int | None = None, depth: int = 4) -> None:
         self.blocks = blocks
-        self.engine_bytes = engine_bytes
+        self.engine_bytes = ENGINE_BYTES if engine_bytes is None else engine_bytes
         self.launches = self.engine_copies = self.moved_bytes = 0
         self.spare: deque[Any] = deque()
         self.stream = _cuda.as_stream(None)
@@ -190,9 +195,10 @@ class Mover:
         Cost: one launch and one event, however many moves; a driver call for each that goes to the copy engine.
         """
         limit = self.engine_bytes
-        large = [move for move in moves if limit is not None and move.nbytes >= limit]
-        small = [move for move in moves if limit is None or move.nbytes < limit]
-        table = plan([(m.source.address, m.target.address, m.nbytes) for m in small], blocks=self.blocks)
+        large = [move for move in moves if move.nbytes >= limit]
+        small = [move for move in moves if move.nbytes < limit]
+        blocks = self._blocks(small)
+        rows = table([(m.source.address, m.target.address, m.nbytes) for m in small], blocks=blocks)
         turn = self.launches % len(self._tables)
         try:
             for move in large:
@@ -201,14 +207,14 @@ class Mover:
                     for block in (move.target, move.source)
                 )
                 _cuda.copy(target, source, self.stream)
-            if len(table):
+            if len(rows):
                 self._compile()
-                self._launch(turn, table)
+                self._launch(turn, rows, blocks)
             mark = Mark(self.stream, self.spare)
         except BaseException:
             self._settle()
             raise
-        if len(table):
+        if len(rows):
             self._readers[turn] = mark
             self.launches += 1
         self.engine_copies += len(large)
@@ -229,6 +235,12 @@ class Mover:
         self._tables = [None] * len(self._tables)
         self.spare.clear()
 
+    def _blocks(self, moves: Sequence[Move]) -> int:
+        """Return the most thread blocks for a batch: those of the way up where any move reads from the host."""
+        if self.blocks is not None:
+            return self.blocks
+        return BLOCKS_UP if any(move.source.tier is not Tier.DEVICE for move in moves) else BLOCKS_DOWN
+
     def _compile(self) -> None:
         """Compile and load the kernel, by a launch that copies nothing, and collect what the compiler leaves.
 
@@ -241,7 +253,7 @@ class Mover:
             gc.collect()
             _compiled.add(device)
 
-    def _launch(self, turn: int, table: np.ndarray) -> None:
+    def _launch(self, turn: int, pieces: np.ndarray, blocks: int) -> None:
         # The kernel reads its table in place. A table written again while an earlier launch may still read it would
         # send that launch's copies astray:
         #   host: queues launch 0, which reads table 0
@@ -252,13 +264,13 @@ class Mover:
             reader.synchronize()
             self._readers[turn] = None
         rows = self._tables[turn]
-        if rows is None or len(rows) < len(table):
-            capacity = max(256, 1 << (len(table) - 1).bit_length())
+        if rows is None or len(rows) < len(pieces):
+            capacity = max(256, 1 << (len(pieces) - 1).bit_length())
             memory = _cuda.empty_pinned(capacity * kernels.COPY_ROW * kernels.WORD)
             rows = self._tables[turn] = _cuda.host_view(memory, 0, (capacity, kernels.COPY_ROW), np.dtype(np.int64))
-        rows[: len(table)] = table
-        blocks, threads = (1, 1) if _cuda.SIM else (min(self.blocks, len(table)), THREADS)
-        _cuda.launch(kernels.copy_many, blocks, threads, self.stream, _cuda.address(rows), len(table))
+        rows[: len(pieces)] = pieces
+        grid, threads = (1, 1) if _cuda.SIM else (min(blocks, len(pieces)), THREADS)
+        _cuda.launch(kernels.copy_many, grid, threads, self.stream, _cuda.address(rows), len(pieces))
 
     def _settle(self) -> None:
         """After a failure: let nothing of the batch run on, for the owner will take its targets back."""

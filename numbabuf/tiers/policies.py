@@ -10,9 +10,9 @@ import bisect
 import heapq
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["LRU", "POLICIES", "Frequency", "Ghost", "Guarded", "Policy", "make_policy", "move_seconds"]
+__all__ = ["LRU", "POLICIES", "Frequency", "Ghost", "Guarded", "Line", "Policy", "make_policy", "move_seconds"]
 
 HALF_LIFE = 500
 """Uses, of all buffers together, after which one use counts half."""
@@ -58,6 +58,11 @@ class Policy(ABC):
         self.now = 0
         self.ranks: dict[int, float] = {}
 
+    @property
+    def order(self) -> Policy:
+        """The policy whose ranks decide now: this one, where it does not choose among others."""
+        return self
+
     @abstractmethod
     def rank(self, key: int, nbytes: int) -> float:
         """Return the rank of a key that is used now."""
@@ -74,34 +79,104 @@ class Policy(ABC):
     def resize(self, budget_bytes: int) -> None:  # noqa: B027  # most policies have no use for the budget
         """Take note of another device budget."""
 
-    def coldest(self, keys: Iterable[int]) -> Iterator[int]:
-        """Yield `keys`, the one to give up first at the start; those never used come before all others.
-
-        Notes
-        -----
-        Cost: O(n), and O(log n) for each key taken.
-        """
-        heap = [(self.ranks.get(key, -math.inf), key) for key in keys]
-        heapq.heapify(heap)
-        while heap:
-            yield heapq.heappop(heap)[1]
-
     def admits(self, key: int, victims: Sequence[int]) -> bool:
         """Return whether bringing in `key` is worth sending away `victims`."""
         return True
 
 
-class LRU(Policy):
-    """The longest unused goes first, and whatever is used comes in.
+class Line:
+    """The keys of one tier, coldest first by a policy's ranks: a heap from which what is out of date goes late.
+
+    A use raises a rank as a rule, and then nothing is done before the key comes to the front, which puts it back at its
+    place. What leaves stays in the heap until it comes to the front, or until half of the heap is such remains.
+
+    Parameters
+    ----------
+    policy : Policy
+
+    Notes
+    -----
+    Cost: O(log n) for each key that enters or is taken; O(n) in the step after a policy changed its mind, see
+    `Policy.order`.
 
     Examples
     --------
     >>> policy = LRU()
+    >>> line = Line(policy)
     >>> for key in (1, 2, 3, 1):
+    ...     line.add(key)
     ...     policy.touch(key, 4096)
-    >>> list(policy.coldest([1, 2, 3]))
-    [2, 3, 1]
+    >>> list(line.coldest()), len(line)
+    ([2, 3, 1], 3)
     """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._order = policy.order
+        self._ranks: dict[int, float] = {}  # key -> its rank in the heap
+        self._heap: list[tuple[float, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._ranks
+
+    def add(self, key: int) -> None:
+        """Let a key in; again is no error."""
+        rank = self._ranks[key] = self._rank(key)
+        heapq.heappush(self._heap, (rank, key))
+        if len(self._heap) > 2 * len(self._ranks) + 16:
+            self._renew()
+
+    def discard(self, key: int) -> None:
+        """Let a key go; an unknown one is no error."""
+        self._ranks.pop(key, None)
+
+    def touched(self, key: int) -> None:
+        """Take note that the policy was told of a use of `key`, whose rank may have fallen."""
+        before = self._ranks.get(key)
+        if before is not None and self._rank(key) < before:
+            self.add(key)
+
+    def coldest(self) -> Iterator[int]:
+        """Yield the keys, the one to give up first at the start; those never used come before all others.
+
+        Keys may enter and leave meanwhile; nothing else of the kind may run.
+        """
+        if self._order is not self._policy.order:
+            self._renew()
+        seen: dict[int, float] = {}
+        try:
+            while self._heap:
+                rank, key = self._heap[0]
+                now = self._rank(key)
+                if self._ranks.get(key) != rank or key in seen:
+                    heapq.heappop(self._heap)
+                elif now != rank:
+                    self._ranks[key] = now
+                    heapq.heapreplace(self._heap, (now, key))
+                else:
+                    heapq.heappop(self._heap)
+                    seen[key] = rank
+                    yield key
+        finally:
+            for key, rank in seen.items():
+                if self._ranks.get(key) == rank:
+                    heapq.heappush(self._heap, (rank, key))
+
+    def _rank(self, key: int) -> float:
+        return self._order.ranks.get(key, -math.inf)
+
+    def _renew(self) -> None:
+        self._order = self._policy.order
+        self._ranks = {key: self._rank(key) for key in self._ranks}
+        self._heap = [(rank, key) for key, rank in self._ranks.items()]
+        heapq.heapify(self._heap)
+
+
+class LRU(Policy):
+    """The longest unused goes first, and whatever is used comes in."""
 
     def rank(self, key: int, nbytes: int) -> float:
         """Return the count of uses."""
@@ -269,7 +344,7 @@ class Guarded(Policy):
         self._chosen = 0
 
     @property
-    def chosen(self) -> Policy:
+    def order(self) -> Policy:
         """The policy that decides now."""
         return self._ghosts[self._chosen].policy
 
@@ -288,13 +363,9 @@ class Guarded(Policy):
         """Not asked: the two policies rank."""
         raise NotImplementedError
 
-    def coldest(self, keys: Iterable[int]) -> Iterator[int]:
-        """Yield `keys` in the order of the policy that decides now."""
-        return self.chosen.coldest(keys)
-
     def admits(self, key: int, victims: Sequence[int]) -> bool:
         """Ask the policy that decides now."""
-        return self.chosen.admits(key, victims)
+        return self.order.admits(key, victims)
 
     def forget(self, key: int) -> None:
         """Drop all that is known of `key`."""

@@ -1,4 +1,7 @@
-"""The frozen snapshot of a hierarchical pool. Values only: what a pool counts, and its moves."""
+"""What a tiered pool holds and has done, as numbers.
+
+Sits above the pool room's statistics.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class HierarchyStats(PoolStats):
     """What a hierarchical pool holds and has done, at one moment; what its entries keep below counts as in use."""
 
     promotions: int = 0
-    """Buffers brought up: to device memory, or to managed memory where an address there was taken."""
+    """Buffers brought up to device memory."""
     demotions: int = 0
     """Buffers sent from it, or from managed memory, downwards."""
     clean_demotions: int = 0
@@ -28,7 +31,8 @@ class HierarchyStats(PoolStats):
     launches: int = 0
     """Batches of copies, one kernel launch each."""
     moved_bytes: int = 0
+    """Bytes that moves copied."""
     settled: int = 0
     """Managed allocations whose pages the driver keeps on the host; others it migrates on access."""
     buffers_by_tier: Mapping[Tier, int] = field(default_factory=Frozen)
-    """Leased buffers by the tier that their contents are in."""
+    """Movable buffers by the tier that their contents are in."""

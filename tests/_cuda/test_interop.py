@@ -12,7 +12,7 @@ from kit import LAUNCH, SIM, affine, to_host
 
 from numbabuf import _cuda
 from numbabuf._cuda.dlpack import from_dlpack
-from numbabuf.errors import StaleBufferError
+from numbabuf.errors import BusyError, StaleBufferError
 from numbabuf.pool.pool import SimpleBufferPool
 from numbabuf.pool.spec import BufferSpec, Tier
 from numbabuf.step.manager import InputBufferManager
@@ -157,13 +157,13 @@ def test_memory_of_the_cpu_is_not_passed_off_as_a_gpus(pool):
         entry.__dlpack__(dl_device=(CUDA, 0), copy=False)
 
 
-def test_an_entry_that_may_move_stays_for_a_tensor():
+def test_an_entry_that_may_move_is_a_tensor_within_a_use():
     with HierarchicalBufferPool(device_bytes=1 << 16, pinned_bytes=1 << 16) as pool:
-        entry = pool.allocate(BufferSpec(4))
-        assert entry.movable
-        assert entry.__dlpack_device__() == (KIND[Tier.DEVICE], 0)
-        assert not entry.movable
-        entry.release()
+        with pool.allocate(BufferSpec(4), movable=True) as entry:
+            with pytest.raises(BusyError, match="inside a use"):
+                entry.__dlpack_device__()
+            with pool.use([entry]):
+                assert entry.__dlpack_device__() == (KIND[Tier.DEVICE], 0)
 
 
 # ------------------------------------------------------------------------------------------------------ DLPack, inwards

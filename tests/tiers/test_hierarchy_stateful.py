@@ -58,6 +58,7 @@ class Churn:
         self.pool = HierarchicalBufferPool(**{**budgets, **options})
         self.streams = [_cuda.as_stream(None) for _ in range(2)]
         self.shadow = {}  # entry -> bytes
+        self.fixed = {}  # entry that does not move -> address, bytes
         self.graphs = {}  # entry -> graph
         self.steps = 0
         scratch = _cuda.device_view(_cuda.empty_device(1), 0, (1,), np.dtype(np.uint8))
@@ -80,7 +81,7 @@ class Churn:
     # ----- steps
 
     def allocate(self, size, tier):
-        entry = self.pool.allocate(BufferSpec(SIZES[size % len(SIZES)], "uint8", tier))
+        entry = self.pool.allocate(BufferSpec(SIZES[size % len(SIZES)], "uint8", tier), movable=True)
         try:
             with self.pool.use([entry], stream=self.streams[0]) as (array,):
                 if entry.nbytes:
@@ -106,19 +107,18 @@ class Churn:
         stream.synchronize()
         assert found.tobytes() == self.shadow[entry].tobytes(), f"step {self.steps}: {entry!r}"
 
-    def write_outside(self, index):
-        """What a program does that knows nothing of tiers: work of its own streams is its own to order."""
-        entry, stream = self.entry(index), self.streams[0]
-        self.streams[1].synchronize()
-        array = entry.device_array
-        assert entry.tier is entry.spec.tier
+    def plain(self, size, tier):
+        """Lease a buffer that does not move, among those that do; the pool orders the stream it names."""
+        entry = self.pool.allocate(BufferSpec(SIZES[size % len(SIZES)], "uint8", tier), stream=self.streams[0])
         if entry.nbytes:
-            _cuda.launch(add_index, 1, THREADS, stream, array, self.steps)
-            self.shadow[entry] = self.shadow[entry] * 3 + ramp(entry.nbytes, self.steps)
-        entry.mark_in_use(stream=stream)
+            _cuda.launch(set_index, 1, THREADS, self.streams[0], entry.device_array, self.steps)
+        self.fixed[entry] = entry.address, ramp(entry.nbytes, self.steps)
 
-    def unfix(self, index):
-        self.pool.unfix([self.entry(index)])
+    def unplain(self, index):
+        if self.fixed:
+            entry = list(self.fixed)[index % len(self.fixed)]
+            del self.fixed[entry]
+            entry.release()
 
     def promote(self, index):
         self.pool.promote([self.entry(index)])
@@ -142,7 +142,7 @@ class Churn:
         gc.collect()
 
     def pressure(self, size):
-        self.pool.allocate(BufferSpec(size, "uint8", Tier.DEVICE)).release()
+        self.pool.allocate(BufferSpec(size, "uint8", Tier.DEVICE), movable=True).release()
 
     def trim(self, nbytes):
         self.pool.trim(nbytes)
@@ -160,7 +160,7 @@ class Churn:
         capture.begin()
         with self.pool.use([entry], stream=stream) as (array,):
             _cuda.launch(add_index, 1, THREADS, stream, array, 7)
-        self.graphs[entry] = capture.end(), entry._held[0].block.address
+        self.graphs[entry] = capture.end(), entry.ticket.block.address
 
     def replay(self, index):
         if not self.graphs:
@@ -187,18 +187,22 @@ class Churn:
         if contents:
             _cuda.synchronize()
             for entry, wanted in self.shadow.items():
-                assert bytes_of(entry._held[0].block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
-                if entry._record.copy is not None:
-                    assert bytes_of(entry._record.copy.block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
+                assert bytes_of(entry.ticket.block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
+                if entry.record.copy is not None:
+                    assert bytes_of(entry.record.copy.block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
+            for entry, (address, wanted) in self.fixed.items():
+                found = entry.device_array.copy_to_host() if entry.nbytes else wanted
+                assert (entry.address, found.tobytes()) == (address, wanted.tobytes()), repr(entry)
 
     def close(self):
         for graph, _ in self.graphs.values():
             _cuda.synchronize()
             graph.close()
         self.graphs.clear()
-        for entry in self.shadow:
+        for entry in (*self.shadow, *self.fixed):
             entry.release()
         self.shadow.clear()
+        self.fixed.clear()
         self.pool.close()
         self.pool.check()
         assert self.pool.stats().reserved_bytes == 0
@@ -206,7 +210,7 @@ class Churn:
 
 STEPS = {
     "allocate": 4, "write": 4, "read": 4, "promote": 2, "demote": 3, "prefetch": 1, "release": 2, "lose": 1,
-    "pressure": 1, "trim": 1, "write_outside": 1, "unfix": 1, "bind": 1, "replay": 2, "unbind": 1,
+    "pressure": 1, "trim": 1, "plain": 1, "unplain": 2, "bind": 1, "replay": 2, "unbind": 1,
 }  # fmt: skip
 
 
@@ -217,7 +221,8 @@ def random_step(churn, rng, names=tuple(STEPS)):
     index, which = int(rng.integers(64)), int(rng.integers(2))
     tier = list(Tier)[rng.integers(3)]
     arguments = {
-        "allocate": (index, tier), "write": (index, which, int(rng.integers(1, 4)), bool(rng.integers(4))),
+        "allocate": (index, tier), "plain": (index, tier),
+        "write": (index, which, int(rng.integers(1, 4)), bool(rng.integers(4))),
         "read": (index, which, bool(rng.integers(4))), "demote": (index, tier if rng.integers(2) else None),
         "release": (index, int(rng.integers(3))), "pressure": (int(rng.integers(1, 1537)),),
         "trim": (int(rng.integers(4096)),),
@@ -264,6 +269,10 @@ class Machine(RuleBasedStateMachine):
     def allocate(self, size, tier):
         self.churn.step("allocate", size, tier)
 
+    @rule(size=st.integers(0, len(SIZES) - 1), tier=tiers)
+    def plain(self, size, tier):
+        self.churn.step("plain", size, tier)
+
     @some
     @rule(index=indices, which=which, count=st.integers(1, 3), in_place=st.booleans())
     def write(self, index, which, count, in_place):
@@ -277,11 +286,9 @@ class Machine(RuleBasedStateMachine):
     @some
     @rule(
         index=indices,
-        name=st.sampled_from(["promote", "prefetch", "write_outside", "unfix", "bind", "replay", "unbind"]),
+        name=st.sampled_from(["promote", "prefetch", "unplain", "bind", "replay", "unbind"]),
     )
     def by_hand(self, index, name):
-        if name == "write_outside" and self.churn.entry(index)._record.uses:
-            return  # within a use, and one that only reads, an address is not the entry's for good
         self.churn.step(name, index)
 
     @some

@@ -7,7 +7,8 @@ import pytest
 
 from numbabuf.errors import TierFullError
 from numbabuf.pool.spec import BufferSpec, Tier
-from numbabuf.tiers.pool import ORDER, HierarchicalBufferPool
+from numbabuf.tiers.pool import HierarchicalBufferPool
+from numbabuf.tiers.traffic import ORDER
 
 SIZES = (64, 256, 1024, 2048)
 """Sizes that are their own size classes, so that capacity is what was asked for."""
@@ -42,7 +43,7 @@ class History:
 
     def allocate(self):
         spec = BufferSpec(int(self.random.choice(SIZES)), "uint8", Tier.DEVICE)
-        entry = self.act(self.pool.allocate, spec)
+        entry = self.act(self.pool.allocate, spec, movable=True)
         if entry is None:
             return
         self.entries.append(entry)
@@ -102,7 +103,7 @@ def test_every_figure_is_what_was_counted(seed, managed):
 
 def test_copies_below_make_demotions_free_until_a_write():
     with HierarchicalBufferPool(device_bytes=1024, pinned_bytes=16384) as pool:
-        entry = pool.allocate(BufferSpec(1024, "uint8"))
+        entry = pool.allocate(BufferSpec(1024, "uint8"), movable=True)
         for write, clean, moved in [(True, 0, 1024), (False, 1, 2048), (False, 2, 3072), (True, 2, 5120)]:
             with pool.use([entry], in_place=False, write=write):
                 pass
@@ -115,7 +116,7 @@ def test_copies_below_make_demotions_free_until_a_write():
 
 def test_a_use_that_fails_counts_nothing():
     with HierarchicalBufferPool(device_bytes=1024, pinned_bytes=16384) as pool:
-        entries = [pool.allocate(BufferSpec(1024, "uint8")) for _ in range(2)]
+        entries = [pool.allocate(BufferSpec(1024, "uint8"), movable=True) for _ in range(2)]
         before = pool.stats()
         with pytest.raises(TierFullError):
             pool.use(entries, in_place=False).__enter__()
@@ -127,7 +128,7 @@ def test_a_use_that_fails_counts_nothing():
 def test_a_scope_follows_a_buffer_to_memory_of_another_capacity():
     """1000 bytes take 1024 of the device, and exactly what there is of pinned memory."""
     with HierarchicalBufferPool(device_bytes=4096, pinned_bytes=1000) as pool, pool.statistics() as scope:
-        entry = pool.allocate(BufferSpec(1000, "uint8"))
+        entry = pool.allocate(BufferSpec(1000, "uint8"), movable=True)
         assert scope.stats().current_bytes == 1024
         pool.demote([entry])
         assert scope.stats().current_bytes == 1000 and scope.stats().total_bytes == 1024

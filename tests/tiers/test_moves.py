@@ -11,8 +11,7 @@ from numbabuf import _cuda
 from numbabuf._cuda import kernels
 from numbabuf.pool.block import Block
 from numbabuf.pool.spec import BufferSpec, Tier
-from numbabuf.tiers import calibration
-from numbabuf.tiers.mover import BLOCKS, Mark, Move, Mover, plan
+from numbabuf.tiers.mover import BLOCKS_DOWN, BLOCKS_UP, ENGINE_BYTES, Mark, Move, Mover, table
 
 SIM = _cuda.SIM
 
@@ -46,45 +45,43 @@ def batches(draw, limit=4000, most=12):
 @given(batches(), st.randoms(use_true_random=False), st.integers(1, 64))
 def test_a_plan_copies_the_same_and_depends_on_no_order(copies, random, blocks):
     memory = np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8)
-    table = plan(copies, blocks=blocks)
-    assert (copy_many(memory, table) == copy_many(memory, copies)).all()
-    assert table.dtype == np.int64 and table.shape[1] == 3 and (table[:, 2] > 0).all()
+    rows = table(copies, blocks=blocks)
+    assert (copy_many(memory, rows) == copy_many(memory, copies)).all()
+    assert rows.dtype == np.int64 and rows.shape[1] == 3 and (rows[:, 2] > 0).all()
     random.shuffle(copies)
-    assert plan(copies, blocks=blocks).tolist() == table.tolist()
+    assert table(copies, blocks=blocks).tolist() == rows.tolist()
 
 
 @given(batches())
 def test_nothing_in_a_plan_could_be_merged_further(copies):
-    rows = plan(copies).tolist()
+    rows = table(copies).tolist()
     for (source, target, nbytes), (after, behind, _) in zip(rows, rows[1:], strict=False):
         assert (after, behind) != (source + nbytes, target + nbytes)
 
 
 def test_runs_are_merged_only_if_both_sides_run_on():
-    assert plan([(0, 100, 8), (8, 108, 8)]).tolist() == [[0, 100, 16]]
-    assert len(plan([(0, 100, 8), (8, 120, 8)])) == 2
-    assert len(plan([(0, 100, 8), (9, 108, 8)])) == 2
+    assert table([(0, 100, 8), (8, 108, 8)]).tolist() == [[0, 100, 16]]
+    assert len(table([(0, 100, 8), (8, 120, 8)])) == 2
+    assert len(table([(0, 100, 8), (9, 108, 8)])) == 2
 
 
 def test_both_directions_in_one_plan():
     up, down = (1 << 20, 1 << 40, 512), (1 << 41, 1 << 21, 512)
-    assert plan([down, up]).tolist() == [list(up), list(down)]
+    assert table([down, up]).tolist() == [list(up), list(down)]
 
 
 def test_long_copies_are_cut_so_that_all_blocks_have_work():
-    table = plan([(16, 1 << 40, (64 << 20) + 5)], blocks=16)
-    assert len(table) >= 16 * 4
-    assert table[:, 2].sum() == (64 << 20) + 5 and table[:, 2].max() - table[:-1, 2].min() == 0
-    assert (table[1:, 0] == table[:-1, 0] + table[:-1, 2]).all() and (
-        table[1:, 1] == table[:-1, 1] + table[:-1, 2]
-    ).all()
-    assert ((table[:, 0] ^ table[:, 1]) % 16 == (16 ^ (1 << 40)) % 16).all(), "alignment of the two sides is kept"
-    assert len(plan([(16, 1 << 40, 16 << 10)])) == 1, "short ones stay whole"
+    rows = table([(16, 1 << 40, (64 << 20) + 5)], blocks=16)
+    assert len(rows) >= 16 * 4
+    assert rows[:, 2].sum() == (64 << 20) + 5 and rows[:, 2].max() - rows[:-1, 2].min() == 0
+    assert (rows[1:, 0] == rows[:-1, 0] + rows[:-1, 2]).all() and (rows[1:, 1] == rows[:-1, 1] + rows[:-1, 2]).all()
+    assert ((rows[:, 0] ^ rows[:, 1]) % 16 == (16 ^ (1 << 40)) % 16).all(), "alignment of the two sides is kept"
+    assert len(table([(16, 1 << 40, 16 << 10)])) == 1, "short ones stay whole"
 
 
 def test_empty_plans():
     for nothing in ([], [(1, 2, 0)]):
-        assert plan(nothing).shape == (0, 3)
+        assert table(nothing).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +96,11 @@ def test_empty_plans():
 )
 def test_what_has_no_order_is_refused(copies, text):
     with pytest.raises(ValueError, match=text):
-        plan(copies)
+        table(copies)
 
 
 def test_touching_ranges_do_not_overlap():
-    assert len(plan([(0, 100, 10), (110, 90, 10), (10, 120, 5)])) == 3
+    assert len(table([(0, 100, 10), (110, 90, 10), (10, 120, 5)])) == 3
 
 
 # ------------------------------------------------------------------------------------------------------------- kernel
@@ -123,13 +120,11 @@ def test_copy_many_equals_its_twin(copies, grid, threads):
     before = np.random.default_rng(0).integers(0, 256, size).astype(np.uint8)
     base, view = device_bytes(before)
     address = _cuda.address(base)
-    table = plan([(address + source, address + target, nbytes) for source, target, nbytes in copies])
-    pinned = _cuda.host_view(_cuda.empty_pinned(max(1, table.nbytes)), 0, table.shape, np.dtype(np.int64))
-    pinned[...] = table
+    rows = table([(address + source, address + target, nbytes) for source, target, nbytes in copies])
+    pinned = _cuda.host_view(_cuda.empty_pinned(max(1, rows.nbytes)), 0, rows.shape, np.dtype(np.int64))
+    pinned[...] = rows
     stream = _cuda.as_stream(None)
-    _cuda.launch(
-        kernels.copy_many, 1 if SIM else grid, 1 if SIM else threads, stream, _cuda.address(pinned), len(table)
-    )
+    _cuda.launch(kernels.copy_many, 1 if SIM else grid, 1 if SIM else threads, stream, _cuda.address(pinned), len(rows))
     stream.synchronize()
     assert (view.copy_to_host() == copy_many(before, copies)).all()
 
@@ -292,78 +287,33 @@ def test_a_mark_that_dies_in_a_cycle_gives_back_a_live_event():
         mark.synchronize()
 
 
-# -------------------------------------------------------------------------------------------------------- calibration
+# ------------------------------------------------------------------------------------------------------- what is chosen
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return calibration.path()
-
-
-def test_without_calibration_the_kernel_moves_everything(cache):
-    assert calibration.recorded() == calibration.Tuning(BLOCKS, None)
+def moves_of(source, target, nbytes):
+    blocks = (Block(BufferSpec(nbytes, "uint8", tier), nbytes) for tier in (source, target))
+    return [Move(*blocks, nbytes)]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[]", '{"blocks": 0, "engine_bytes": null}', '{"blocks": 8, "engine_bytes": "1"}']
+    ("source", "target", "blocks"),
+    [(Tier.PINNED, Tier.DEVICE, BLOCKS_UP), (Tier.DEVICE, Tier.PINNED, BLOCKS_DOWN)],
 )
-def test_a_damaged_record_counts_as_none(cache, text):
-    cache.parent.mkdir(parents=True)
-    cache.write_text(text)
-    assert calibration.recorded() == calibration.Tuning()
+def test_the_direction_chooses_the_blocks_and_a_number_fixes_them(monkeypatch, source, target, blocks):
+    """A batch of 2 MiB has enough pieces for either."""
+    grids = []
+    monkeypatch.setattr(_cuda, "SIM", False)
+    monkeypatch.setattr(Mover, "_compile", lambda self: None)
+    monkeypatch.setattr(_cuda, "launch", lambda kernel, grid, *rest: grids.append(grid))
+    moves = moves_of(source, target, 2 << 20)
+    Mover().run(moves)
+    Mover(blocks=3).run(moves)
+    assert grids == [blocks, 3]
 
 
-def test_a_user_without_a_home_has_no_record(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(calibration.Path, "home", no_home)
-    assert calibration.recorded() == calibration.Tuning()
-
-
-def test_calibration_finds_the_fewest_blocks_and_the_crossover(cache, monkeypatch):
-    monkeypatch.setattr(_cuda, "SIM", False)  # records even here; nothing is run
-
-    def seconds_of(mover, moves):
-        """A device whose bus is full from 8 blocks on, and whose copy engine is twice as fast after 50 us."""
-        (move,) = moves
-        if mover.engine_bytes is not None:
-            return 50e-6 + move.nbytes / 20e9
-        return 5e-6 + move.nbytes / (10e9 * min(mover.blocks, 8) / 8)
-
-    sizes = [1 << n for n in range(16, 23)]
-    tuning = calibration.calibrate(sizes=sizes, seconds_of=seconds_of, repeats=1)
-    assert tuning == calibration.Tuning(8, 1 << 20)
-    assert calibration.recorded() == tuning
-    assert [file.name for file in cache.parent.iterdir()] == [cache.name]
-
-
-def test_an_engine_that_is_never_faster_is_not_used(cache):
-    tuning = calibration.calibrate(sizes=[64, 128], seconds_of=lambda m, _: 2.0 if m.engine_bytes else 1.0, repeats=1)
-    assert tuning.engine_bytes is None
-
-
-def test_calibration_runs_where_it_says_nothing(cache):
-    tuning = calibration.calibrate(sizes=[256, 1024], counts=[1, 2], repeats=1)
-    assert tuning.blocks in (1, 2)
-    assert cache.exists() == (not SIM)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "text"),
-    [
-        ({"counts": []}, "counts is empty: give at least one"),
-        ({"sizes": ()}, "sizes is empty: give at least one"),
-        ({"counts": [4, 0]}, r"counts\[1\] is 0: give a whole number >= 1"),
-        ({"sizes": [-1]}, r"sizes\[0\] is -1"),
-        ({"repeats": 0}, "repeats is 0"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused_before_anything_is_allocated(monkeypatch, wrong, text):
-    monkeypatch.setattr(calibration, "Block", None)
-    with pytest.raises(ValueError, match=text):
-        calibration.calibrate(**wrong)
-    with pytest.raises(TypeError, match=r"sizes\[0\] is 1.5"):
-        calibration.calibrate(sizes=[1.5])
+def test_large_moves_go_to_the_copy_engine():
+    moves = moves_of(Tier.PINNED, Tier.DEVICE, ENGINE_BYTES)
+    mover, never = Mover(), Mover(engine_bytes=1 << 60)
+    for each in (mover, never):
+        each.run(moves).synchronize()
+    assert (mover.engine_copies, mover.launches, never.engine_copies, never.launches) == (1, 0, 0, 1)

@@ -127,7 +127,7 @@ def test_a_pool_shows_its_tiers_and_limits():
 
 def test_a_hierarchical_pool_shows_its_moves():
     with HierarchicalBufferPool(device_bytes=4096, pinned_bytes=16384) as pool:
-        first, second = (pool.allocate(BufferSpec(4096, "uint8")) for _ in "ab")
+        first, second = (pool.allocate(BufferSpec(4096, "uint8"), movable=True) for _ in "ab")
         with pool.use([first], stream=None, in_place=False):
             pass
         shown = words(kit.html(pool))
