@@ -88,7 +88,7 @@ class Fill:
                     pass
             except BusyError:
                 return shared.plain(arena, sizes)
-            self._graphs.adopt([fill])
+            self._graphs.add([fill])
         return fill
 
     def _too_large(self, layout: Layout, live: tuple[int, ...], over: int) -> BucketOverflowError:

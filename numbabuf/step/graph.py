@@ -108,7 +108,7 @@ class CapturedStep(Shown):
         """What the graph keeps alive: the arguments of every launch and copy in it."""
         return [] if self._graph is None else self._graph.operands
 
-    def adopt(self, graph: Any) -> None:
+    def hold(self, graph: Any) -> None:
         """Run `graph`, a `_cuda.Graph`, from now on."""
         self._graph = graph
         self.launch_on = graph.launch_on
@@ -151,7 +151,7 @@ def recorded(
         fill(stream)
         yield captured
         if not dry:
-            captured.adopt(capture.end())
+            captured.hold(capture.end())
     except Exception as error:
         if not isinstance(error, CaptureError) and _cuda.is_capture_error(error):
             raise CaptureError(

@@ -66,7 +66,7 @@ class Graphs:
         """Return the largest size of `axis` among the graphs that cover `rest`, the sizes past the tokens."""
         return max(g.sizes[axis] for g in self._graphs if all(a >= b for a, b in zip(g.sizes[1:], rest, strict=False)))
 
-    def adopt(self, new: list[CapturedStep]) -> None:
+    def add(self, new: list[CapturedStep]) -> None:
         """Put new graphs into the table, in place of those of the same sizes."""
         sizes = {graph.sizes for graph in new}
         self.exchange([graph for graph in self._graphs if graph.sizes in sizes], new)

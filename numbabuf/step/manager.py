@@ -474,7 +474,7 @@ class InputBufferManager(Resource):
             self._shared.check_open()
             policy = Overflow(self.overflow if overflow is None else overflow)
             self._forget_closed()
-            name = self._free_name(fn) if name is None else name
+            name = _free_name(fn, self._programs) if name is None else name
             if not isinstance(name, str) or not name:
                 raise TypeError(f"name is {name!r}: give a non-empty string, or None")
             if name in self._programs:
@@ -483,13 +483,6 @@ class InputBufferManager(Resource):
             program.observer, program.refusal_observer = self._first.observer, self._first.refusal_observer
             self._programs[name] = program
             return program
-
-    def _free_name(self, fn: Callable[[Step], Any]) -> str:
-        name = str(getattr(fn, "__name__", type(fn).__name__))
-        number, free = 1, name
-        while free in self._programs:
-            number, free = number + 1, f"{name}-{number + 1}"
-        return free
 
     def _forget_closed(self) -> None:
         """Let closed programs go, but for their counts."""
@@ -626,6 +619,11 @@ class InputBufferManager(Resource):
                 shared.arena.check()
 
     @property
+    def _lease(self) -> Lease | None:
+        """The lease that `stage` gave out last, until it is ended."""
+        return self._shared.lease
+
+    @property
     def pending(self) -> tuple[int, int] | None:
         """Blocks of the staging ring that a queued fill may still read, and the ring's depth; None where none is."""
         # Once: another thread may give the memory back meanwhile. Nor is memory read that went with its context.
@@ -636,6 +634,15 @@ class InputBufferManager(Resource):
         shared, name = self._shared, type(self).__name__
         state = "closed" if self.closed else f"{sum(len(table) for table in shared.tables[1:])} graphs"
         return f"{name}({len(self.slots)} slots, {self.max_tokens} tokens, ring={shared.depth}, {state})"
+
+
+def _free_name(fn: Callable[[Step], Any], taken: Mapping[str, Program]) -> str:
+    """Return the name of a function, with a number where that is taken."""
+    name = free = str(getattr(fn, "__name__", type(fn).__name__))
+    number = 1
+    while free in taken:
+        number, free = number + 1, f"{name}-{number + 1}"
+    return free
 
 
 # ------------------------------------------------------------------------------------------------------------- fork

@@ -318,7 +318,7 @@ class Program(Resource):
                     graph.close()
                 raise
             if fn == self.function:
-                self.graphs.adopt(captured)
+                self.graphs.add(captured)
             else:
                 self.graphs.exchange(list(self.graphs), captured)
                 self.function = fn
@@ -362,7 +362,7 @@ class Program(Resource):
             graph = self._record(arena, sizes, fn)
             with shared.alone("capture"):
                 self._check_open()
-                self.graphs.adopt([graph])
+                self.graphs.add([graph])
                 return _size(graph)
 
     @contextlib.contextmanager
@@ -377,7 +377,7 @@ class Program(Resource):
             with recording as graph:
                 yield graph.step
             with shared.lock:
-                self.graphs.adopt([graph])
+                self.graphs.add([graph])
 
     def _rehearse(self, arena: Arena, sizes: tuple[int, ...], fn: Callable[[Step], Any], *, run: bool) -> None:
         """Call `fn` once for a bucket before its capture, so that the capture has nothing to compile or load.

@@ -21,7 +21,7 @@ def table():
 def test_the_smallest_that_covers(table):
     assert table.covering((1,)) is None
     small, large = graph(8), graph(32)
-    table.adopt([large, small])
+    table.add([large, small])
     assert list(table) == [small, large] and len(table) == 2
     assert [table.covering((size,)) for size in (0, 8, 9, 32, 33)] == [small, small, large, large, None]
     table.check()
@@ -29,7 +29,7 @@ def test_the_smallest_that_covers(table):
 
 def test_every_axis_has_to_be_covered(table):
     wide, deep = graph(32, 1), graph(8, 4)
-    table.adopt([wide, deep])
+    table.add([wide, deep])
     assert table.covering((8, 1)) is deep, "the fewest tokens, whatever else"
     assert table.covering((9, 1)) is wide
     assert table.covering((9, 2)) is None
@@ -38,8 +38,8 @@ def test_every_axis_has_to_be_covered(table):
 
 def test_a_graph_leaves_the_table_at_once_and_its_counts_stay(table):
     old, new, other = graph(8, steps=3), graph(8, steps=1), graph(16, steps=5)
-    table.adopt([old, other])
-    table.adopt([new])
+    table.add([old, other])
+    table.add([new])
     assert list(table) == [new, other]
     assert table.exact((8,)) is new and table.exact((9,)) is None
     table.retire(graph(4, steps=1))
