@@ -331,7 +331,7 @@ class Arena:
         assert table[kernels.HEAD :].tolist() == self._rows(), "the fill table was overwritten"
 
 
-def _no_mapping(inputs: Any) -> TypeError:
+def _no_mapping(inputs: object) -> TypeError:
     return TypeError(f"inputs is a {type(inputs).__name__}: give a mapping of slot names to arrays")
 
 

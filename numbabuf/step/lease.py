@@ -7,6 +7,7 @@ that a queued fill may still read. Sits above `ring`, below `shared`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,13 @@ from ..errors import ClosedError
 from .ring import Block
 from .slot import InputSlot
 
-__all__ = ["Lease", "check_each"]
+__all__ = ["Each", "Lease", "check_each"]
+
+Each = Callable[[Any, int, int], object]
+"""Called after each piece of a step that was split: (result, start, stop)."""
 
 
-def check_each(each: Any) -> None:
+def check_each(each: object) -> None:
     """Refuse what cannot be called after each piece."""
     if not callable(each):
         raise TypeError(f"each is {each!r}: give a function of (result, start, stop), or None")
@@ -133,7 +137,7 @@ class Lease:
             array.flags.writeable = False
         self._open = False  # last: where an interrupt comes before it, the lease can be ended again
 
-    def _end(self, how: str, each: Any = None) -> Any:
+    def _end(self, how: str, each: Each | None = None) -> Any:
         self._check_open()
         self.result = self._finish(self, how, each)
         return self.result
@@ -142,7 +146,7 @@ class Lease:
         self._check_open()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not self._open:
             return
         try:

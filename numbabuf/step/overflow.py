@@ -20,6 +20,7 @@ from .shared import Shared
 from .slot import InputSlot
 
 if TYPE_CHECKING:
+    from .lease import Each
     from .program import Program
 
 __all__ = ["POLICIES", "Overflow", "cut", "uncut", "warn"]
@@ -118,7 +119,9 @@ class Overflow:
         self.count = 0
         self._warned = False
 
-    def run(self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...], each: Any) -> Any:
+    def run(
+        self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...], each: Each | None
+    ) -> Any:
         """Run a step of `program` that none of its graphs covers, or raise."""
         if not program.graphs:
             raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
@@ -149,7 +152,7 @@ class Overflow:
         self.submit(arena, program.graphs, target, live)
         return program.function(target.step)
 
-    def _split(self, arena: Arena, graphs: Graphs, inputs: Any, live: tuple[int, ...], each: Any) -> Any:
+    def _split(self, arena: Arena, graphs: Graphs, inputs: Any, live: tuple[int, ...], each: Each | None) -> Any:
         """Replay a step in pieces of the largest captured number of tokens; its slots follow tokens or nothing."""
         pieces = cut(inputs, live[0], graphs.largest(0), arena.layout.slots)
         self.count += 1

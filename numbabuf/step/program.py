@@ -23,7 +23,7 @@ from .fill import Fill
 from .graph import CapturedStep, Step
 from .graphs import Graphs
 from .layout import Layout, bucket_lists
-from .lease import Lease, check_each
+from .lease import Each, Lease, check_each
 from .overflow import Overflow
 from .shared import Shared
 from .stats import ProgramStats
@@ -64,7 +64,7 @@ class CapturedSize:
     number: int
 
 
-def check_function(fn: Any) -> None:
+def check_function(fn: object) -> None:
     """Refuse what cannot be captured: no function, or one whose call runs none of its code."""
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}: give a function of the step, which launches the kernels to capture")
@@ -136,7 +136,7 @@ class Program(Resource):
         """
         return self.run(inputs, num_tokens, each, sizes)
 
-    def run(self, inputs: Mapping[str, Any], num_tokens: int, each: Any, sizes: Mapping[str, int]) -> Any:
+    def run(self, inputs: Mapping[str, Any], num_tokens: int, each: Each | None, sizes: Mapping[str, int]) -> Any:
         """Run one step; `replay` with its sizes in a mapping."""
         # Hot path, guarded by benchmarks/step.py.
         shared = self._shared
@@ -167,7 +167,7 @@ class Program(Resource):
             self.observe(live[0])
         return result
 
-    def _run_uncovered(self, arena: Arena, inputs: Mapping[str, Any], live: tuple[int, ...], each: Any) -> Any:
+    def _run_uncovered(self, arena: Arena, inputs: Mapping[str, Any], live: tuple[int, ...], each: Each | None) -> Any:
         """Run a step that no graph covers after the policy, or raise."""
         if self._closed:
             raise ClosedError(f"program {self.name!r} is closed: make a new one with manager.program(fn)")
@@ -206,7 +206,7 @@ class Program(Resource):
             shared.lease = Lease(arena.ring.acquire(), rows, functools.partial(self._end_lease, arena, live))
             return shared.lease
 
-    def _end_lease(self, arena: Arena, live: tuple[int, ...], lease: Lease, how: str, each: Any) -> Any:
+    def _end_lease(self, arena: Arena, live: tuple[int, ...], lease: Lease, how: str, each: Each | None) -> Any:
         shared = self._shared
         with shared.alone("the end of a lease"):
             if how != "discard":
@@ -230,7 +230,7 @@ class Program(Resource):
             self.observe(live[0])
         return result
 
-    def _replay_lease(self, arena: Arena, live: tuple[int, ...], lease: Lease, each: Any) -> Any:
+    def _replay_lease(self, arena: Arena, live: tuple[int, ...], lease: Lease, each: Each | None) -> Any:
         target = self.graphs.covering(live)
         if target is None:
             # As any other inputs, though they lie in the very block that is written first: a whole step over itself,

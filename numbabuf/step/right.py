@@ -121,7 +121,7 @@ class CaptureRight:
         if self.thread is not None:
             raise BusyError(f"{what} while one is being captured")
 
-    def stream(self) -> Any:
+    def stream(self) -> _cuda.Stream:
         """Return the stream to capture on, made on the device that is current."""
         if self._stream is None or self._stream.closed:
             # Or a capture was given up in another thread than it was begun in, and its stream with it.

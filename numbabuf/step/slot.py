@@ -245,7 +245,7 @@ class InputSlot(Shown):
                 "values or register the slot as int64 (the check can be switched off with range_check=False)"
             )
 
-    def write(self, words: Any, staged: np.ndarray, data: Any, live: int, padded: int) -> None:
+    def write(self, words: memoryview, staged: np.ndarray, data: Any, live: int, padded: int) -> None:
         """Check `data`, write it and its sizes into a staging block.
 
         Parameters
@@ -263,7 +263,7 @@ class InputSlot(Shown):
         staged[: array.size].reshape(array.shape)[...] = array
         self.describe(words, live, array.shape[1] if array.ndim == 2 else self.width, padded)
 
-    def describe(self, words: Any, live: int, columns: int, padded: int) -> None:
+    def describe(self, words: memoryview, live: int, columns: int, padded: int) -> None:
         """Write into a block's words: `live` staged rows of `columns` elements, padded to `padded` rows."""
         conversion, at = self.conversion, self.columns_word - kernels.COLUMNS
         unit = conversion.unit
@@ -285,7 +285,7 @@ class InputSlot(Shown):
         return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
 
 
-def _on_device(data: Any) -> bool:
+def _on_device(data: object) -> bool:
     """Whether `data`, no ndarray, is in memory that the host does not read."""
     if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
         return True
