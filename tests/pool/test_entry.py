@@ -15,21 +15,25 @@ def home():
 
 
 @pytest.fixture
-def entry(home):
+def ticket(home):
     block = Block(BufferSpec((2, 3), "int32", Tier.PINNED), 24)
     block.home = home.append
     block.pool = lambda: None
-    return BufferEntry(Ticket(block))
+    return Ticket(block)
 
 
-def test_a_plain_release_sends_the_ticket_home_and_nothing_else(entry, home):
-    ticket = entry._held[0]
+@pytest.fixture
+def entry(ticket):
+    return BufferEntry(ticket)
+
+
+def test_a_plain_release_sends_the_ticket_home_and_nothing_else(entry, ticket, home):
     entry.release()
     assert home == [ticket]
     assert entry.state is BufferState.FREE
 
 
-def test_a_block_that_is_not_plain_goes_to_its_pool(entry, home):
+def test_a_block_that_is_not_plain_goes_to_its_pool(entry, ticket, home):
     calls = []
 
     class Pool:
@@ -37,9 +41,8 @@ def test_a_block_that_is_not_plain_goes_to_its_pool(entry, home):
             calls.append(arguments)
             return "somewhere.py:7"
 
-    block = entry._held[0].block
+    block = ticket.block
     block.plain, block.pool = False, Pool
-    ticket = entry._held[0]
     stream = _cuda.as_stream(None)
     entry.release(stream=stream)
     assert calls == [(ticket, stream)] and not home
@@ -47,12 +50,12 @@ def test_a_block_that_is_not_plain_goes_to_its_pool(entry, home):
         entry.release()
 
 
-def test_a_release_that_fails_can_be_tried_again(entry, home):
+def test_a_release_that_fails_can_be_tried_again(entry, ticket, home):
     class Pool:
         def _take_back(self, *arguments):
             raise RuntimeError("device is lost")
 
-    block = entry._held[0].block
+    block = ticket.block
     block.plain, block.pool = False, Pool
     with pytest.raises(RuntimeError, match="device is lost"):
         entry.release()
@@ -62,18 +65,18 @@ def test_a_release_that_fails_can_be_tried_again(entry, home):
     assert len(home) == 1
 
 
-def test_a_release_after_the_pool_is_gone_is_quiet(entry, home):
-    entry._held[0].block.plain = False
+def test_a_release_after_the_pool_is_gone_is_quiet(entry, ticket, home):
+    ticket.block.plain = False
     entry.release()
     assert not home and entry.state is BufferState.FREE
 
 
-def test_streams_are_recorded_once_each(entry):
+def test_streams_are_recorded_once_each(entry, ticket):
     one, two = _cuda.as_stream(None), _cuda.as_stream(None)
     for stream in (one, two, one):
         entry.record_stream(stream)
     entry.mark_in_use(stream=two)
-    block = entry._held[0].block
+    block = ticket.block
     assert block.users == (one, two) and not block.plain
 
 

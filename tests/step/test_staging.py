@@ -72,7 +72,8 @@ def test_a_ring_without_slots_has_words_for_the_one_row_that_is_launched():
 
 
 def test_blocks_go_round_and_a_full_ring_asks_the_stream():
-    ring, _ = make([((4, "int64"), None, None)], depth=2, stream=Stream(busy=3))
+    stream = Stream(busy=3)
+    ring, _ = make([((4, "int64"), None, None)], depth=2, stream=stream)
 
     def retire():
         ring._retired[0] = 1
@@ -83,7 +84,7 @@ def test_blocks_go_round_and_a_full_ring_asks_the_stream():
     assert ring.acquire() is ring.blocks[1]
     ring.advance()
     assert ring.pending == 2 and ring.waits == 0
-    ring._stream.then = retire
+    stream.then = retire
     assert ring.acquire() is ring.blocks[0]
     assert ring.waits == 1 and ring.pending == 1
 
