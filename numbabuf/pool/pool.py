@@ -22,7 +22,7 @@ from ..resource import Resource
 from .block import Ledger, Ticket, refuse_captured
 from .entry import BufferEntry
 from .oom import Ladder
-from .spec import BufferSpec, Tier
+from .spec import BufferSpec, Tier, as_code
 from .stats import Frozen, OomSteps, PoolStats, Scope, caller
 from .store import Store, refuse_foreign_capture
 
@@ -295,7 +295,7 @@ class SimpleBufferPool(BufferPool):
         if _cuda.capturing():
             raise CaptureError(
                 f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
-                f"reserve([{spec}]) before the capture"
+                f"reserve([{as_code(spec)}]) before the capture"
             )
 
         def serve() -> BufferEntry:

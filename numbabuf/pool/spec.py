@@ -18,7 +18,10 @@ from ..checks import whole_number
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
-__all__ = ["BufferSpec", "BufferState", "Tier", "is_bfloat16", "resolve_dtype"]
+__all__ = [
+    "EXACT_ABOVE", "BufferSpec", "BufferState", "Tier", "as_code", "is_bfloat16", "line_key", "resolve_dtype",
+    "size_class",
+]  # fmt: skip
 
 
 class BufferState(enum.Enum):
@@ -191,6 +194,19 @@ class BufferSpec:
         shape = self.shape[0] if len(self.shape) == 1 else self.shape
         tier = "" if self.tier is Tier.DEVICE else f", {self.tier.value}"
         return f"BufferSpec({shape}, {self.dtype.name}{tier})"
+
+
+def as_code(spec: BufferSpec) -> str:
+    """Return the call that makes `spec`, for errors that tell a program's author what to write.
+
+    Examples
+    --------
+    >>> print(as_code(BufferSpec((2, 3), "int64", Tier.PINNED)))
+    BufferSpec((2, 3), 'int64', Tier.PINNED)
+    """
+    dtype = spec.dtype.name if spec.dtype.names is None else spec.dtype.descr
+    tier = "" if spec.tier is Tier.DEVICE else f", {spec.tier}"
+    return f"BufferSpec({spec.shape}, {dtype!r}{tier})"
 
 
 def _resolve_shape(shape: object) -> tuple[int, ...]:

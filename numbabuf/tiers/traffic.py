@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .. import _cuda
 from ..errors import CaptureError, TierFullError
 from ..pool.block import Ticket
-from ..pool.spec import BufferSpec, Tier
+from ..pool.spec import BufferSpec, Tier, as_code
 from .entry import MovableEntry
 from .mover import Mark, Move, Mover
 from .plan import plan
@@ -115,7 +115,7 @@ class Traffic:
             if _cuda.capturing():
                 raise CaptureError(
                     f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
-                    f"reserve([{spec}]) before the capture"
+                    f"reserve([{as_code(spec)}]) before the capture"
                 )
             if not self.make_room(spec.tier, spec.size_bytes):
                 raise TierFullError(

@@ -108,3 +108,28 @@ def test_a_limit_is_never_passed_by_what_runs_within_its_change(pool):
     )
     assert isinstance(found, BusyError)
     assert pool.stats().reserved_by_tier[Tier.PINNED] <= pool.limits[Tier.PINNED]
+
+
+def test_a_release_while_the_pool_waits_for_its_buffers_is_put_off(monkeypatch):
+    """A signal handler that releases an entry comes in the middle of the wait, which goes through those released."""
+    stream = _cuda.as_stream(None)
+    pool = simple()
+    entries = [pool.allocate(SPEC) for _ in range(4)]
+    for entry in entries:
+        entry.mark_in_use(stream=stream)
+    waited, query, synchronize = [], _cuda.Event.query, _cuda.Event.synchronize
+
+    def wait(event):
+        if not waited:
+            entries.pop().release()
+        waited.append(event)
+        synchronize(event)
+
+    monkeypatch.setattr(_cuda.Event, "query", lambda event: event in waited and query(event))
+    monkeypatch.setattr(_cuda.Event, "synchronize", wait)
+    for entry in entries[:3]:
+        entry.release()
+    pool.close()
+    monkeypatch.undo()
+    assert len(waited) == 4 and pool.stats().reserved_count == 0
+    pool.check()
