@@ -503,6 +503,19 @@ def test_each_program_has_a_prewarmer_and_a_model_of_its_own(make):
         prewarmer.start()
 
 
+def test_steps_and_refusals_of_other_programs_are_not_the_managers_demand(make):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    with manager.program(fn) as program:
+        program.capture_buckets([8])
+        program.replay({"input_ids": np.arange(5)}, 5)
+        with pytest.raises(BucketOverflowError):
+            program.replay({}, 9)
+        manager.replay({"input_ids": np.arange(7)}, 7)
+        manager.synchronize()
+        assert [size for _, size in manager.demand.seen] == [7] and manager.prediction().unserved == 0
+
+
 def test_a_graph_that_was_used_and_then_replaced_by_others_was_used(make):
     manager, fn = make(), Doubler()
     manager.capture_buckets(fn, [CAPACITY])
