@@ -197,37 +197,21 @@ def _replay_arguments(parser: argparse.ArgumentParser) -> None:
         return f"default {_SIZES['simulator'][name]} in the simulator, {_SIZES['cuda'][name]} on a GPU"
 
     add = parser.add_argument
-    add(
-        "trace",
-        nargs="?",
-        metavar="TRACE",
-        help="CSV, JSONL or NPZ, plain or .gz (default: generated requests)",
-    )
-    add("--steps", type=_whole(0), metavar="N", help=f"stop after N steps, 0: run all ({default('steps')})")
-    add("--max-tokens", type=_whole(1), metavar="N", help=f"most tokens in a step ({default('max_tokens')})")
-    add("--max-seqs", type=_whole(1), metavar="N", help=f"most sequences in a step ({default('max_seqs')})")
-    add("--dim", type=_whole(1), metavar="N", help=f"columns of the embedding table ({default('dim')})")
-    add("--vocab", type=_whole(1), metavar="N", help=f"rows of the embedding table ({default('vocab')})")
-    add(
-        "--buckets",
-        type=_whole_list(1),
-        metavar="N,N,...",
-        help="padded sizes (default: powers of two up to --max-tokens)",
-    )
+    add("trace", nargs="?", metavar="TRACE", help="CSV, JSONL or NPZ, plain or .gz (default: generated requests)")
+    for name, least, what in (
+        ("steps", 0, "stop after N steps, 0: run all"),
+        ("max_tokens", 1, "most tokens in a step"),
+        ("max_seqs", 1, "most sequences in a step"),
+        ("dim", 1, "columns of the embedding table"),
+        ("vocab", 1, "rows of the embedding table"),
+    ):
+        add(f"--{name.replace('_', '-')}", type=_whole(least), metavar="N", help=f"{what} ({default(name)})")
+    lists = "padded sizes (default: powers of two up to --max-tokens)"
+    add("--buckets", type=_whole_list(1), metavar="N,N,...", help=lists)
     add("--ring", type=_whole(1), default=4, metavar="N", help="staging blocks (default 4)")
-    add(
-        "--overflow",
-        choices=("raise", "eager"),
-        default="raise",
-        help="for steps beyond the largest bucket",
-    )
-    add(
-        "--seed",
-        type=_whole(0),
-        default=0,
-        metavar="N",
-        help="of generated requests, token ids and weights (default 0)",
-    )
+    add("--overflow", choices=("raise", "eager"), default="raise", help="for steps beyond the largest bucket")
+    seeded = "of generated requests, token ids and weights (default 0)"
+    add("--seed", type=_whole(0), default=0, metavar="N", help=seeded)
     add("--json", metavar="OUT", help="write the results to this file")
     add("--report", metavar="OUT.html", help="write the results to this file as one HTML page with pictures")
     add("--quiet", action="store_true", help="no progress bar and no table")
@@ -254,9 +238,15 @@ def _settle_options(args: argparse.Namespace) -> None:
         if getattr(args, name) * args.dim >= 2**31:
             option = f"--{name.replace('_', '-')}"
             args.parser.error(f"{option} {getattr(args, name)} x --dim {args.dim} must be below 2**31 elements")
-    for option, path in (("--json", args.json), ("--report", args.report)):
+    _check_folders(args, "json", "report")
+
+
+def _check_folders(args: argparse.Namespace, *options: str) -> None:
+    """Refuse a file to write in a folder that is not there; ends the program."""
+    for option in options:
+        path = getattr(args, option)
         if path and not os.path.isdir(os.path.dirname(path) or "."):
-            args.parser.error(f"{option} {path}: no such directory")
+            args.parser.error(f"--{option} {path}: no such directory")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -327,11 +317,9 @@ def _plan(args: argparse.Namespace) -> int:
     from ..demand.compare import compare
     from .tracefiles import read_trace
 
-    if args.plot:
-        if importlib.util.find_spec("matplotlib") is None:
-            args.parser.error("--plot needs matplotlib: pip install 'numbabuf[plot]'")
-        if not os.path.isdir(os.path.dirname(args.plot) or "."):
-            args.parser.error(f"--plot {args.plot}: no such directory")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        args.parser.error("--plot needs matplotlib: pip install 'numbabuf[plot]'")
+    _check_folders(args, "plot")
     steps = read_trace(args.trace).steps(max_tokens=args.max_tokens, max_seqs=args.max_seqs)
     top = args.max_tokens if args.axis == "tokens" else args.max_seqs
     sizes = [getattr(step, f"num_{args.axis}") for step in itertools.islice(steps, MOST_STEPS + 1)]

@@ -29,6 +29,8 @@ EXTRAS = {
 }
 """Module -> (the extra that brings it, what it is for)."""
 
+WITHOUT_GPU = "Without a GPU the same code runs in Numba's simulator: set NUMBA_ENABLE_CUDASIM=1 before Python starts."
+
 PACKAGES = ("numbabuf", "numba", "numba-cuda", "cuda-core", "numpy")
 
 
@@ -49,17 +51,35 @@ def collect(problem: str | None = None) -> dict[str, Any]:
     -----
     Makes the device's context current in this thread, if there is a device.
     """
-    device: dict[str, Any] = {}
-    backend: str | None = _cuda.backend()
-    if backend == "cuda":
-        try:
-            if problem is not None:
-                raise NumbabufError(problem)
-            device = _device()
-        except Exception as error:  # a driver can fail in many ways, and this command is asked why
-            backend, problem = None, str(error)
-    else:
-        device = {"name": "Numba's simulator (results, not speed)"}
+    backend, problem, device = _found(problem)
+    return {
+        "backend": backend,
+        "problem": problem,
+        "device": device,
+        "versions": _versions(),
+        "tiers": _tiers(backend, device),
+        "switches": {
+            switch.name: {"value": _value(switch), "set": switch.name in os.environ, "help": switch.help}
+            for switch in config.SWITCHES
+        },
+        "missing": _missing(),
+    }
+
+
+def _found(problem: str | None) -> tuple[str | None, str | None, dict[str, Any]]:
+    """Return backend, why there is none, and what is known of the device."""
+    backend = _cuda.backend()
+    if backend != "cuda":
+        return backend, problem, {"name": "Numba's simulator (results, not speed)"}
+    try:
+        if problem is not None:
+            raise NumbabufError(problem)
+        return backend, None, _device()
+    except Exception as error:  # a driver can fail in many ways, and this command is asked why
+        return None, str(error), {}
+
+
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -67,26 +87,18 @@ def collect(problem: str | None = None) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             if package == "numbabuf":
                 versions[package] = "not installed, imported from its folder"
-    missing = [
+    return versions
+
+
+def _missing() -> list[dict[str, str]]:
+    """Return what could be installed, what it is for, and the command."""
+    wanted = [(module, what, extra) for module, (extra, what) in EXTRAS.items()]
+    wanted.insert(0, ("numba_cuda", "any GPU: the extra that fits its driver, cu12 or cu13", "cu13"))
+    return [
         {"module": module, "for": what, "command": f"pip install 'numbabuf[{extra}]'"}
-        for module, (extra, what) in EXTRAS.items()
+        for module, what, extra in wanted
         if importlib.util.find_spec(module) is None
     ]
-    if importlib.util.find_spec("numba_cuda") is None:
-        what = "any GPU: the extra that fits its driver, cu12 or cu13"
-        missing.insert(0, {"module": "numba_cuda", "for": what, "command": "pip install 'numbabuf[cu13]'"})
-    return {
-        "backend": backend,
-        "problem": problem,
-        "device": device,
-        "versions": versions,
-        "tiers": _tiers(backend, device),
-        "switches": {
-            switch.name: {"value": _value(switch), "set": switch.name in os.environ, "help": switch.help}
-            for switch in config.SWITCHES
-        },
-        "missing": missing,
-    }
 
 
 def _value(switch: config.Switch) -> str:
@@ -130,34 +142,23 @@ def _tiers(backend: str | None, device: dict[str, Any]) -> dict[str, str]:
 
 def render(info: dict[str, Any]) -> str:
     """Return what `collect` found as text for a terminal."""
-    rows: list[tuple[str, str]] = []
     device = info["device"]
-    rows.append(("backend", info["backend"] or f"none: {info['problem']}"))
+    rows = [("backend", info["backend"] or f"none: {info['problem']}")]
     for name, value in device.items():
         rows.append(("device" if name == "name" else name, nbytes(value) if name in ("free", "total") else str(value)))
-    sections = [
-        ("", rows),
-        ("versions", list(info["versions"].items())),
-        ("tiers", list(info["tiers"].items())),
-        (
-            "switches",
-            [
-                (name, f"{switch['value']}{' (set)' if switch['set'] else ''}: {switch['help']}")
-                for name, switch in info["switches"].items()
-            ],
-        ),
-        ("missing", [(gap["module"], f"{gap['command']}   # {gap['for']}") for gap in info["missing"]]),
-    ]
+    switches = info["switches"].items()
+    sections = {
+        "": rows,
+        "versions": list(info["versions"].items()),
+        "tiers": list(info["tiers"].items()),
+        "switches": [(name, f"{it['value']}{' (set)' if it['set'] else ''}: {it['help']}") for name, it in switches],
+        "missing": [(gap["module"], f"{gap['command']}   # {gap['for']}") for gap in info["missing"]],
+    }
     lines = []
-    for title, entries in sections:
-        if not entries:
-            continue
-        if title:
+    for title, entries in sections.items():
+        if title and entries:
             lines += ["", title]
         lines += [f"{'  ' if title else ''}{name:<{34 - 2 * bool(title)}} {value}" for name, value in entries]
     if info["backend"] is None:
-        lines += [
-            "",
-            "Without a GPU the same code runs in Numba's simulator: set NUMBA_ENABLE_CUDASIM=1 before Python starts.",
-        ]
+        lines += ["", WITHOUT_GPU]
     return "\n".join(lines)
