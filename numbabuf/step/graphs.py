@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import Any
 
 from .. import _cuda
+from ..pool.fence import Fence, Fences
 from .graph import CapturedStep
 
 __all__ = ["Graphs"]
@@ -26,8 +26,8 @@ class Graphs:
 
     Attributes
     ----------
-    leaving : list of (event, CapturedStep)
-        The graphs taken out of the table, each with the event after its last replay.
+    leaving : list of (Fence or None, CapturedStep)
+        The graphs taken out of the table, each with the fence behind its last replay.
     """
 
     def __init__(self, stream: _cuda.Stream) -> None:
@@ -35,7 +35,8 @@ class Graphs:
         self._graphs: list[CapturedStep] = []
         self._tokens: list[int] = []  # of each of them
         self._by_sizes: dict[tuple[int, ...], CapturedStep] = {}
-        self.leaving: list[tuple[Any, CapturedStep]] = []
+        self.leaving: list[tuple[Fence | None, CapturedStep]] = []
+        self._fences = Fences()
         self._past: dict[int, list[int]] = {}  # tokens of a bucket -> [steps, live] of graphs that are gone
 
     def __iter__(self) -> Iterator[CapturedStep]:
@@ -78,15 +79,15 @@ class Graphs:
         """
         leaving = self.leaving
         if old:
-            event = _cuda.Event(self._stream.device)
-            event.record(self._stream)
-            leaving = leaving + [(event, graph) for graph in old]
+            with _cuda.on_device(self._stream.device):
+                fence = self._fences.behind([self._stream])
+            leaving = leaving + [(fence, graph) for graph in old]
         kept = [graph for graph in self._graphs if graph not in old]
         graphs = sorted(kept + new, key=lambda graph: graph.sizes)
         self._serve(graphs, leaving)
         self.reap()
 
-    def _serve(self, graphs: list[CapturedStep], leaving: list[tuple[Any, CapturedStep]]) -> None:
+    def _serve(self, graphs: list[CapturedStep], leaving: list[tuple[Fence | None, CapturedStep]]) -> None:
         """Change all four, with nothing between that an interrupt could come after."""
         tokens, by_sizes = [graph.sizes[0] for graph in graphs], {graph.sizes: graph for graph in graphs}
         self._graphs, self._tokens, self._by_sizes, self.leaving = graphs, tokens, by_sizes, leaving
@@ -96,9 +97,9 @@ class Graphs:
         if _cuda.capturing():
             return  # a capture forbids the query, and the end of a graph may free memory
         for leaving in list(self.leaving):
-            event, graph = leaving
+            fence, graph = leaving
             try:
-                done = event.query()
+                done = fence is None or fence.done()
             except Exception:  # a step has failed, which the next one reports; `close` ends the graph
                 done = False
             if done:

@@ -8,7 +8,6 @@ captures and replays one. The manager's own calls are those of its first program
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -65,6 +64,8 @@ class InputBufferManager(Resource):
         The Numba stream of the steps.
     max_tokens : int
         Capacity of the default slots.
+    overflow : str
+        What becomes of a step of the manager's own that no graph covers.
     owns_pool : bool
         Whether `close` closes the pool, too.
 
@@ -109,6 +110,7 @@ class InputBufferManager(Resource):
         self.max_tokens = self.max_batch_size * self.max_seq_len
         depth = whole_number("ring", ring, least=1)
         policy = Overflow(overflow)
+        self.overflow = overflow
         if pool is not None and not isinstance(pool, BufferPool):
             raise TypeError(f"pool is {pool!r}: give a BufferPool, or None for one of the manager's own")
         slots = SlotSet(self.max_tokens, buckets)
@@ -127,7 +129,6 @@ class InputBufferManager(Resource):
         self._programs = {"main": self._first}
         self._gone = Graphs(queue)  # the counts of programs that are closed
         self._gone_overflows = 0
-        _managers.add(self)
         if default_slots:
             for name in ("input_ids", "positions"):
                 self.register_slot(name, BufferSpec(self.max_tokens, "int64"), index=True)
@@ -229,11 +230,6 @@ class InputBufferManager(Resource):
     def layout(self) -> Layout:
         """The axes, limits and buckets of a step over the slots so far: a frozen value."""
         return self._shared.slots.layout
-
-    @property
-    def overflow(self) -> str:
-        """What becomes of a step of the manager's own that no graph covers."""
-        return self._first.overflow.policy
 
     @property
     def observer(self) -> Callable[[int, Program], Any] | None:
@@ -566,11 +562,6 @@ class InputBufferManager(Resource):
             with contextlib.suppress(*(Exception,) * shared.life.ended):  # what is gone gives nothing back
                 shared.pool.close()
 
-    def _disown(self) -> None:
-        """In a forked child: be closed, and leave the memory to the parent."""
-        self.owns_pool = False
-        self._shared.disown()
-
     def __enter__(self) -> InputBufferManager:
         self._shared.check_open()
         return self
@@ -643,16 +634,3 @@ def _free_name(fn: Callable[[Step], Any], taken: Mapping[str, Program]) -> str:
     while free in taken:
         number, free = number + 1, f"{name}-{number + 1}"
     return free
-
-
-# ------------------------------------------------------------------------------------------------------------- fork
-
-_managers: weakref.WeakSet[InputBufferManager] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    for manager in list(_managers):
-        manager._disown()  # noqa: SLF001 - the class above
-
-
-_cuda.watch_forks(_after_fork_in_child)

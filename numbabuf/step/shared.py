@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -91,6 +92,7 @@ class Shared:
         self.tables = [self.fills]
         self.waits = 0
         self.closed = ""
+        _alive.add(self)
 
     # ----------------------------------------------------------------------------------------------- who may come in
 
@@ -336,3 +338,13 @@ class Shared:
 
 
 _CLOSED = "the manager is closed: make a new one"
+
+_alive: weakref.WeakSet[Shared] = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for shared in list(_alive):
+        shared.disown()
+
+
+_cuda.watch_forks(_disown_all)
