@@ -53,7 +53,7 @@ def read_regular(path: str | os.PathLike[str], *, most: int = MOST_BYTES) -> byt
     ValueError
         It is a FIFO or a device, or larger than `most`.
     """
-    # A FIFO that nobody writes to would block an `open` without O_NONBLOCK; a regular file does not care.
+    # A FIFO without a writer would block an `open` without O_NONBLOCK; a regular file does not care.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         mode = os.fstat(handle).st_mode

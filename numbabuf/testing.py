@@ -47,7 +47,7 @@ def live_buffers() -> int:
     """Return how many buffers are leased now, from all pools of this process together.
 
     A manager that has taken memory leases two: its slots and its staging ring. Runs the garbage collector first, so
-    that a buffer nobody can reach is not counted.
+    that an unreachable buffer is not counted.
 
     Examples
     --------

@@ -21,7 +21,7 @@ __all__ = ["Capture"]
 
 
 class Capture:
-    """Records the work queued on one stream into a graph, and who its operands are.
+    """Records the work queued on one stream into a graph, and what its operands are.
 
     `begin`, then launches on the stream, then `end` (a `Graph`) or `abort`; one that is dropped while it is open is
     given up. While it is open Numba's pending frees are put off (cuMemFree is forbidden in a capture), and launches by
@@ -136,7 +136,7 @@ def _strike() -> None:
 
     A finaliser comes here in the middle of anything, so it never waits for the lock: thread A holds it in `_enter`,
     the collector runs there and drops a capture, and waiting for A would be waiting for itself. What is left goes on a
-    queue first; who cannot have the lock leaves it to who has it, and that one looks again after letting go: B queues,
+    queue first; a thread that fails to get the lock leaves it to the holder, which looks again after letting go: B queues,
     A looks, B fails to get the lock, A lets go, A looks again.
     """
     while _left and _table.acquire(blocking=False):

@@ -329,7 +329,7 @@ class Stream:
         self.handle = int(core.handle)
         self.thread = thread
         self.numba = cuda.external_stream(self.handle)
-        self.numba.owner = core  # whoever holds the Numba stream keeps the driver's stream alive
+        self.numba.owner = core  # the Numba stream keeps the driver's stream alive
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle

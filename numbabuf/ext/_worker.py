@@ -130,7 +130,7 @@ class Held:
         return WorkerStats(_cuda.device_name(), self.pool.stats(), self.manager.stats(), prediction)
 
     def close(self) -> None:
-        """Close the manager, then the pool; say so if somebody else still leases from it."""
+        """Close the manager, then the pool; say so if other leases of it are open."""
         mine = self.inside
         # A task inside its block still reads memory that goes back to the driver here.
         waited = not mine and self._turn.acquire(timeout=LAST_TASK_S)
@@ -183,7 +183,7 @@ def plugin_class() -> type:
                 demand = await worker.scheduler.get_metadata(keys=[KEY, self.name], default=None)
                 if demand is not None:
                     await asyncio.to_thread(held.adopt, demand)
-            except BaseException:  # nobody tears down what was never set up
+            except BaseException:  # what was never set up is never torn down
                 await asyncio.to_thread(held.close)
                 raise
             self.held = held

@@ -168,7 +168,7 @@ class Fleet:
         return f"Fleet({self.name!r}, {'closed' if self.closed else self._client})"
 
     def _repr_html_(self) -> str:
-        """Workers and the steps in their demand as last shared; asks nobody."""
+        """Workers and the steps in their demand as last shared; no worker is asked."""
         rows = [(address, len(model)) for address, model in sorted(self._known.items())]
         return html.card(f"Fleet({self.name!r})", html.table(["worker", "steps known of it"], rows))
 

@@ -1,4 +1,4 @@
-"""Pools and managers as Prometheus metrics, read when somebody scrapes and at no other time.
+"""Pools and managers as Prometheus metrics, read at each scrape and at no other time.
 
 Every figure is one that `stats()` gives, so that a step or a lease costs the same whether it is watched or not. Needs
 the extra `prometheus`. Sits above the library; nothing imports it.

@@ -15,7 +15,7 @@ from .manager import PredictiveBufferManager
 __all__ = ["create_input_buffer_manager"]
 
 _POOL_OPTIONS = ("device_bytes", "managed_bytes", "pinned_bytes", "policy")
-_UNKNOWN_BYTES = 1 << 30  # a budget where nobody says how much memory there is
+_UNKNOWN_BYTES = 1 << 30  # a budget where the backend does not tell how much memory there is
 
 
 def create_input_buffer_manager(
@@ -34,7 +34,8 @@ def create_input_buffer_manager(
     use_hierarchical : bool
         Allocate from a `HierarchicalBufferPool` of the manager's own. Its options `device_bytes`, `managed_bytes`,
         `pinned_bytes` and `policy` may be given here; without them the budgets are 80 % of the device memory that is
-        free now (1 GiB where nobody knows), no managed memory, and as much pinned as device memory, at most 4 GiB.
+        free now (1 GiB where the backend does not tell), no managed memory, and as much pinned as device memory, at
+        most 4 GiB.
     use_predictive : bool
         Make a `PredictiveBufferManager`.
     **options

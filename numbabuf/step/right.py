@@ -81,7 +81,7 @@ class Right:
             yield
 
     def _first(self, me: _Holder) -> _Holder:
-        """Return who holds the right: `me`, if none did."""
+        """Return the thread that holds the right: `me`, if none did."""
         with self._guard:  # a signal handler of this thread may come in between, and is done before this goes on
             holder = self._holder
             if holder is None or not holder.lock.locked():

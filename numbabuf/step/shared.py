@@ -41,7 +41,7 @@ _building = _Building()
 
 
 class Shared:
-    """The slots of a manager, their memory and who may use it now.
+    """The slots of a manager, their memory, and the lock that says which thread may use it.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class Shared:
         self.closed = ""
         _alive.add(self)
 
-    # ----------------------------------------------------------------------------------------------- who may come in
+    # ----------------------------------------------------------------------------------------------- the entrance
 
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:

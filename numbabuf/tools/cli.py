@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if sys.stdout is not None:  # None where the program was started without one: then nothing is lost
                 sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
-    except BrokenPipeError:  # who read our output, `head` for one, has gone; nothing can be said to them
+    except BrokenPipeError:  # the reader of our output, `head` for one, is gone
         _silence_stdout()
         return 2
     except (NumbabufError, MemoryError, OSError) as error:
