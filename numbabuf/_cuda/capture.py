@@ -136,8 +136,8 @@ def _strike() -> None:
 
     A finaliser comes here in the middle of anything, so it never waits for the lock: thread A holds it in `_enter`,
     the collector runs there and drops a capture, and waiting for A would be waiting for itself. What is left goes on a
-    queue first; a thread that fails to get the lock leaves it to the holder, which looks again after letting go: B queues,
-    A looks, B fails to get the lock, A lets go, A looks again.
+    queue first; a thread that fails to get the lock leaves it to the holder, which looks again after letting go: B
+    queues, A looks, B fails to get the lock, A lets go, A looks again.
     """
     while _left and _table.acquire(blocking=False):
         try:
