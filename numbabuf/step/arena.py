@@ -195,8 +195,7 @@ class Arena:
         others = [repr(name) for name in inputs if name not in static]
         if others:
             raise ValueError(
-                f"input {', '.join(others)} is no static slot, and a replay reads nothing else; "
-                f"there are {', '.join(sorted(static))}"
+                f"input {', '.join(others)} is not a static slot; a replay accepts only: {', '.join(sorted(static))}"
             )
 
     def write_all(self, inputs: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]) -> None:

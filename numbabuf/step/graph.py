@@ -43,7 +43,7 @@ class Step(Shown, Mapping[str, Any]):
         try:
             return self._views[name]
         except KeyError:
-            raise KeyError(f"{name!r} is no static slot; there are {', '.join(self._views)}") from None
+            raise KeyError(f"{name!r} is not a static slot; there are {', '.join(self._views)}") from None
 
     def __iter__(self) -> Any:
         return iter(self._views)

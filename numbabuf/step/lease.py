@@ -75,7 +75,7 @@ class Lease:
         array = self._arrays.get(name)
         if array is None:
             if name not in self._rows:
-                raise KeyError(f"{name!r} is no static slot; there are {', '.join(self._rows)}")
+                raise KeyError(f"{name!r} is not a static slot; there are {', '.join(self._rows)}")
             slot, rows = self._rows[name]
             if rows > slot.capacity:
                 raise ValueError(

@@ -177,7 +177,7 @@ class InputBufferManager(Resource):
         Raises
         ------
         ValueError, TypeError
-            The name is taken, or an argument is no use.
+            The name is taken, or an argument cannot be used.
         BusyError
             A graph is live: it reads the slots where they lie now. `close_graphs` first.
         """
@@ -362,7 +362,7 @@ class InputBufferManager(Resource):
             ``on_progress(done, total, size, free_bytes)`` is called after each of the two calls per size;
             `progress.Bar` is one that shows a bar. What it raises ends the capture as what `fn` raises does.
         warm_up : {None, "run"}
-            "run": the first call for each size is no capture but runs, over slots that are all padding. For functions
+            "run": the first call for each size is not a capture but runs, over slots that are all padding. For functions
             that need a run before they can be captured; it changes what the function writes.
 
         Returns
@@ -373,7 +373,7 @@ class InputBufferManager(Resource):
         Raises
         ------
         ValueError, TypeError
-            A size is no size, or larger than the slots.
+            A size is not one, or larger than the slots.
         CaptureError, Exception
             A capture was refused, or `fn` raised. The graphs from before the call are as they were.
 

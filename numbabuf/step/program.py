@@ -343,7 +343,7 @@ class Program(Resource):
         GraphMissingError
             The program has no function yet.
         ValueError, TypeError
-            The size is no size, or larger than the slots.
+            The size is not one, or larger than the slots.
         CaptureError, Exception
             The capture was refused, or the function raised. An earlier graph of this size is as it was.
 

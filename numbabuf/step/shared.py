@@ -15,6 +15,7 @@ from typing import Any
 from .. import _cuda
 from ..errors import BackendError, BusyError, CaptureError, ClosedError
 from ..pool.pool import BufferPool
+from ..pool.turns import Turns
 from .arena import Arena
 from .graph import CapturedStep
 from .graphs import Graphs
@@ -81,8 +82,8 @@ class Shared:
         self.pool, self.stream, self.slots, self.depth = pool, stream, slots, depth
         with _cuda.on_device(stream.device):
             self.life = _cuda.lifetime()
-        self.lock = threading.RLock()
-        self.inside = self.lock._is_owned  # type: ignore[attr-defined]  # as threading.Condition asks it
+        turns = Turns()
+        self.lock, self.inside = turns.lock, turns.mine
         self.capturing = CaptureRight()
         self._allocating = Right("another thread gives the slots memory")
         self.arena: Arena | None = None
@@ -328,8 +329,8 @@ class Shared:
 
     def disown(self) -> None:
         """In a forked child: be closed, and leave the memory to the parent, as the driver serves no forked process."""
-        self.lock = threading.RLock()  # another thread may have held it
-        self.inside = self.lock._is_owned  # type: ignore[attr-defined]
+        turns = Turns()  # another thread may have held the lock
+        self.lock, self.inside = turns.lock, turns.mine
         self.capturing, self._allocating = CaptureRight(), Right("another thread gives the slots memory")
         self.closed, self.arena = _CLOSED, None
 

@@ -69,7 +69,7 @@ class InputSlot(Shown):
         range_check: bool,
     ) -> None:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"slot name {name!r} is no name: give a non-empty string")
+            raise TypeError(f"slot name {name!r} is not a name: give a non-empty string")
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"slot {name!r}: spec is {spec!r}: give a BufferSpec")
         if not spec.shape or 0 in spec.shape:
@@ -181,7 +181,7 @@ class InputSlot(Shown):
         try:
             array = np.asarray(data)
         except ValueError as error:
-            raise ValueError(f"input {self.name!r} is no array: {error}") from None
+            raise ValueError(f"input {self.name!r} is not an array: {error}") from None
         if array.size == 0 and not isinstance(data, np.ndarray):
             return array.astype(self.source_dtype)  # as of an empty list, which has no element type
         return array

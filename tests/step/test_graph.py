@@ -45,7 +45,7 @@ def value(counter, stream):
 def test_a_step_is_a_mapping_of_views():
     step = Step("stream", {"tokens": 8, "seqs": 2}, {"a": 1, "b": 2})
     assert dict(step) == {"a": 1, "b": 2} and len(step) == 2 and "a" in step and step.result is None
-    with pytest.raises(KeyError, match="'c' is no static slot; there are a, b"):
+    with pytest.raises(KeyError, match="'c' is not a static slot; there are a, b"):
         step["c"]
     views = step.views()
     views.clear()

@@ -129,7 +129,7 @@ def test_sizes_that_do_not_fit(manager):
     with pytest.raises(TypeError, match="seqs"):
         manager.stage(3)
     with manager.stage(16, seqs=1) as lease:
-        with pytest.raises(KeyError, match="no static slot"):
+        with pytest.raises(KeyError, match="not a static slot"):
             lease["other"]
         lease["short"][:] = 0
     with pytest.raises(BucketOverflowError), manager.stage(21, seqs=0) as lease:

@@ -407,7 +407,7 @@ def test_a_value_that_does_not_fit_changes_nothing():
 def test_a_replay_takes_slots_alone(manager):
     manager.capture_buckets(lambda step: None, [8])
     before = snapshot(manager)
-    with pytest.raises(ValueError, match="'other' is no static slot"):
+    with pytest.raises(ValueError, match="'other' is not a static slot"):
         manager.replay({"input_ids": ids(2), "other": 1}, 2)
     assert_unchanged(manager, before)
 
@@ -431,7 +431,7 @@ def test_a_bad_oversized_step_changes_nothing(policy):
                 m.replay({"input_ids": ids(19), "positions": ids(20)}, 20)
             with pytest.raises(TypeError):
                 m.replay({"input_ids": ids(20), "positions": np.zeros(20)}, 20)
-            with pytest.raises(ValueError, match="no static slot"):
+            with pytest.raises(ValueError, match="not a static slot"):
                 m.replay({"input_ids": ids(20), "other": 3}, 20)
             if policy == "eager":
                 with pytest.raises(ValueError, match="rows"):

@@ -165,7 +165,7 @@ def test_an_empty_list_is_no_float_array(options):
 
 
 def test_what_is_no_array_is_named():
-    with pytest.raises(ValueError, match="input 'x' is no array.*inhomogeneous"):
+    with pytest.raises(ValueError, match="input 'x' is not an array.*inhomogeneous"):
         make().coerce([[1], [1, 2]], 2)
 
 
