@@ -35,6 +35,11 @@ class Turn:
     def _renew(self) -> None:
         self._lock, self._inside, self._pid = threading.Lock(), 0, os.getpid()
 
+    @property
+    def inside(self) -> bool:
+        """Whether this thread has the turn."""
+        return self._inside == threading.get_ident() and self._pid == os.getpid()
+
     def __enter__(self) -> None:
         if self._pid != os.getpid():
             self._renew()

@@ -67,6 +67,11 @@ class Learning:
         self._hits = self._misses = 0
         self._seconds = 0.0
 
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is in the middle of learning, so that other threads may wait for it."""
+        return self._turn.inside
+
     @contextlib.contextmanager
     def learned(self) -> Iterator[DemandModel]:
         """Give the model, with every step so far in it; other threads' questions wait for the end of the block."""

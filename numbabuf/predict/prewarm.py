@@ -310,8 +310,9 @@ class Prewarmer(Resource):
 
         Again, it does nothing.
         """
-        # The thread may be waiting for the lock, or for the right to capture, that this one holds.
-        self._background.stop(wait=not (self.program.inside or _cuda.capturing()))
+        # The thread may be waiting for the manager's lock, for the end of a capture or of learning, which are here.
+        here = self.program.inside or _cuda.capturing() or self._learning.inside
+        self._background.stop(wait=not here)
 
     def close(self) -> None:
         """Stop the thread and let the model go; the program's graphs stay. Again, it does nothing."""

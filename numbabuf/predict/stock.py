@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
+from ..demand.turn import Turn
 from ..errors import BackendError, BusyError, GraphMissingError
 from ..step.program import CapturedSize, Program
 from .budgets import Budgets
@@ -44,6 +45,7 @@ class Stock:
 
     def __init__(self, program: Program, budgets: Budgets, reserved: Callable[[], int]) -> None:
         self._program, self._budgets, self._reserved = program, budgets, reserved
+        self._turn = Turn("this thread is counting graphs: ask when the call that counts them has returned")
         self._made: dict[int, CapturedSize] = {}  # number of the capture -> the graph as last seen, until destroyed
         self._unused = 0  # of those that are destroyed
         self._ran: dict[int, int] = {}  # tokens of a bucket -> steps of all graphs of the program when last seen
@@ -57,19 +59,32 @@ class Stock:
 
     def settle(self) -> tuple[CapturedSize, ...]:
         """See which graphs are there still; return all of the program's that are in service."""
-        program = self._program
+        # What was made is read first, or a graph would be missing that another thread makes meanwhile:
+        #     1: asks for a snapshot, and reads which graphs the program has
+        #     2: prewarms, captures a graph and counts it as made
+        #     1: does not find that graph among those that it read, and takes it for destroyed.
+        # No turn is held while the program is asked: its lock may be held by a thread that waits for the turn.
+        made, program = list(self._made), self._program
         captured, leaving, ran = program.captured, program.leaving, program.stats().buckets
         there = {graph.number: graph for graph in (*captured, *leaving)}
-        for number, graph in list(self._made.items()):
-            if number in there:
-                self._made[number] = there[number]
-                continue
-            # Its steps when it was last seen, and those of its size since.
-            tokens = graph.num_tokens
-            self._unused += graph.steps == 0 and ran.get(tokens, 0) == self._ran.get(tokens, 0)
-            del self._made[number]
-        self._ran = ran
+        with self._turn:
+            for number in made:
+                if number in there:
+                    self._see(there[number])
+                elif number in self._made:  # not yet settled by another thread
+                    self._unused += not self._used(self._made.pop(number), ran)
+            self._ran = max(self._ran, ran, key=lambda steps: sum(steps.values()))
         return captured
+
+    def _see(self, graph: CapturedSize) -> None:
+        """Note what a graph is now; not where another thread saw more."""
+        seen = self._made.get(graph.number)
+        if seen is not None and graph.steps >= seen.steps:
+            self._made[graph.number] = graph
+
+    def _used(self, graph: CapturedSize, ran: dict[int, int]) -> bool:
+        """Whether a graph that is destroyed ran a step: until it was last seen, or since then one of its size."""
+        return graph.steps > 0 or ran.get(graph.num_tokens, 0) > self._ran.get(graph.num_tokens, 0)
 
     def present(self) -> list[CapturedSize]:
         """Return the graphs in service of any number of tokens and all there is of the further axes."""
@@ -82,12 +97,12 @@ class Stock:
 
     def nbytes(self, *, leaving: bool = True) -> int:
         """Return the bytes of the graphs; without `leaving`, once those out of service are destroyed."""
-        there = self._made if leaving else {graph.number for graph in self.settle()}
-        return sum(graph.nbytes for number, graph in self._made.items() if number in there)
+        there = set(self._made) if leaving else {graph.number for graph in self.settle()}
+        return sum(graph.nbytes for graph in list(self._made.values()) if graph.number in there)
 
     def unused(self) -> int:
         """Return how many graphs no step has used, or had used when they were destroyed."""
-        return self._unused + sum(graph.steps == 0 for graph in self._made.values())
+        return self._unused + sum(graph.steps == 0 for graph in list(self._made.values()))
 
     def _fits(self, *, leaving: bool = True) -> bool:
         """Whether one more graph, as large as the largest so far, stays within the byte budget."""
@@ -95,7 +110,7 @@ class Stock:
         if most is None:
             return True
         self.settle()
-        largest = max((graph.nbytes for graph in self._made.values()), default=0)
+        largest = max((graph.nbytes for graph in list(self._made.values())), default=0)
         return self.nbytes(leaving=leaving) + self._reserved() + largest <= most
 
     # ---------------------------------------------------------------------------------------------- what comes, goes

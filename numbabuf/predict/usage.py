@@ -67,11 +67,9 @@ class Usage:
     def take_older(self) -> Counter[int]:
         """Return how many steps of each size there were before the newest, and count no longer on them here."""
         _count_older(self._recent, self._older, self._counting, self._keep)
-        found: Counter[int] = Counter()
         with contextlib.suppress(IndexError):
-            while True:
-                found += self._older.popleft()
-        return found
+            return self._older.popleft()
+        return Counter()
 
     def take_recent(self) -> Iterator[int]:
         """Take the steps that are here now, one by one; those that come meanwhile may come faster than one learns."""
@@ -109,7 +107,11 @@ def _count_older(recent: deque[int], older: deque[Counter[int]], counting: threa
         with contextlib.suppress(IndexError):  # `take_recent` takes them meanwhile
             for _ in range(len(recent) - keep):
                 sizes.append(recent.popleft())
-        if sizes:
-            older.append(Counter(sizes))
+        if sizes:  # into one counter, however long nothing is learned; one that was taken meanwhile is not missed
+            total: Counter[int] = Counter()
+            with contextlib.suppress(IndexError):
+                total = older.pop()
+            total.update(sizes)
+            older.append(total)
     finally:
         counting.release()

@@ -1,5 +1,6 @@
 """PredictiveBufferManager: plans follow the demand, budgets hold, and no failure costs what was there."""
 
+import gc
 import itertools
 import os
 import pathlib
@@ -16,6 +17,7 @@ from numbabuf.demand.buckets import Refitter
 from numbabuf.demand.model import DemandModel
 from numbabuf.errors import BucketOverflowError, BusyError, CaptureError, ClosedError
 from numbabuf.predict import Budgets, Prewarmer
+from numbabuf.predict.usage import Usage
 from numbabuf.step.graphs import Graphs
 
 CAPACITY = 256
@@ -769,6 +771,62 @@ def test_a_thread_that_was_stopped_without_waiting_can_be_started_again(make):
     for worker in (going, *workers):
         worker.join(60)
         assert not worker.is_alive()
+
+
+def test_a_clock_may_stop_the_thread_that_waits_for_its_own_to_learn(make):
+    """The thread waits for the turn to learn, which this one has while the model's clock runs."""
+    stopped = []
+
+    def clock():
+        if threading.current_thread() is threading.main_thread() and not stopped:
+            manager.start(1e-6)
+            stopped.extend(prewarmers())
+            manager.stop()
+        return 0.0
+
+    manager = make(demand=DemandModel(clock=clock))
+    manager.capture_buckets(Doubler())
+    manager.record_usage(3)
+    assert len(manager.demand) == 1
+    manager.stop()
+    assert len(stopped) == 1 and not stopped[0].is_alive()
+
+
+def test_a_snapshot_taken_while_a_graph_is_made_does_not_lose_it(make, monkeypatch):
+    manager, fn = make(), Doubler()
+    manager.capture_buckets(fn, [CAPACITY])
+    for size in [3, 5, 40] * 40:
+        manager.record_usage(size)
+    program = manager.programs["main"]
+    whole = type(program).leaving
+
+    def leaving(self):  # read after which graphs there are, and before what was made is settled
+        if not prewarming:
+            prewarming.append(threading.Thread(target=lambda: prewarmed.extend(manager.prewarm())))
+            prewarming[0].start()
+            prewarming[0].join(60)
+        return whole.fget(self)
+
+    prewarming, prewarmed = [], []
+    monkeypatch.setattr(type(program), "leaving", property(leaving))
+    manager.prediction()
+    assert len(prewarmed) == 3
+    assert manager.prediction().warmed_unused == 3
+    run(manager, [3, 5, 40])
+    assert manager.prediction().warmed_unused == 0
+
+
+def test_steps_that_are_never_learned_take_no_more_memory_as_they_go_on():
+    usage = Usage("main", 64, keep=8)
+    for _ in range(200):
+        usage.note(3)
+    gc.collect()
+    before = len(gc.get_objects())
+    for _ in range(20_000):
+        usage.note(5)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 50
+    assert usage.take_older().total() + len(list(usage.take_recent())) == 20_200
 
 
 def test_steps_that_come_while_it_learns_do_not_keep_it_learning(make, monkeypatch):
