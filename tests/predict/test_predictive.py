@@ -19,6 +19,7 @@ from numbabuf.errors import BucketOverflowError, BusyError, CaptureError, Closed
 from numbabuf.predict import Budgets, Prewarmer
 from numbabuf.predict.usage import Usage
 from numbabuf.step.graphs import Graphs
+from numbabuf.step.program import Program
 
 CAPACITY = 256
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -773,19 +774,23 @@ def test_a_thread_that_was_stopped_without_waiting_can_be_started_again(make):
         assert not worker.is_alive()
 
 
-def test_a_clock_may_stop_the_thread_that_waits_for_its_own_to_learn(make):
+def test_a_clock_may_stop_the_thread_that_waits_for_its_own_to_learn(make, monkeypatch):
     """The thread waits for the turn to learn, which this one has while the model's clock runs."""
-    stopped = []
+    stopped, prewarming = [], threading.Event()
+    device = Program.device.fget
 
     def clock():
-        if threading.current_thread() is threading.main_thread() and not stopped:
+        if not stopped:
+            stopped.append(None)
             manager.start(1e-6)
-            stopped.extend(prewarmers())
+            assert prewarming.wait(60)  # next, the thread asks for what was learned
+            stopped[:] = prewarmers()
             manager.stop()
         return 0.0
 
     manager = make(demand=DemandModel(clock=clock))
     manager.capture_buckets(Doubler())
+    monkeypatch.setattr(Program, "device", property(lambda self: (prewarming.set(), device(self))[1]))
     manager.record_usage(3)
     assert len(manager.demand) == 1
     manager.stop()
