@@ -14,8 +14,8 @@ from .. import _cuda
 from ..errors import BusyError
 from ..pool.block import Block, Ticket
 from ..pool.entry import BufferEntry
+from ..pool.fence import Fence
 from ..pool.spec import BufferSpec, Tier
-from .mover import Mark
 
 if TYPE_CHECKING:
     from .residents import Residents
@@ -40,11 +40,13 @@ class Record:
         Steps under way that may move the buffer; while there are any, no other step of their thread moves it.
     copy : Ticket or None
         The same contents further down; only while the buffer is in device memory.
-    mark : Mark or None
-        After which all queued work on the buffer is done. None: after the work of its block's users.
+    fence : Fence or None
+        Behind all queued work on the buffer. None: ask the block for its users.
+    changes : int
+        Times that `fence` was set.
     """
 
-    __slots__ = ("__weakref__", "books", "copy", "entry", "key", "mark", "moving", "users")
+    __slots__ = ("__weakref__", "books", "changes", "copy", "entry", "key", "fence", "moving", "users")
 
     def __init__(self, key: int, entry: MovableEntry, books: Residents, gone: deque[int]) -> None:
         self.key = key
@@ -53,7 +55,13 @@ class Record:
         self.users: list[int] = []
         self.moving = 0
         self.copy: Ticket | None = None
-        self.mark: Mark | None = None
+        self.fence: Fence | None = None
+        self.changes = 0
+
+    def behind(self, fence: Fence | None) -> None:
+        """Take note of the fence behind all queued work on the buffer."""
+        self.fence = fence
+        self.changes += 1
 
 
 class MovableEntry(BufferEntry):
@@ -89,8 +97,10 @@ class MovableEntry(BufferEntry):
     @property
     def ticket(self) -> Ticket:
         """The right to the memory that the contents are in, which a move exchanges; not for users."""
-        self._alive("used")
-        return self._held[0]
+        try:
+            return self._held[0]
+        except IndexError:
+            self._refuse("used")
 
     @ticket.setter
     def ticket(self, ticket: Ticket) -> None:
@@ -120,7 +130,7 @@ class MovableEntry(BufferEntry):
     def record_stream(self, stream: _cuda.StreamLike) -> None:
         """Name a further stream whose queued work uses the buffer, within a use of it."""
         super().record_stream(stream)
-        self._record.mark = None  # what is queued on that stream is behind no mark: ask the block for its users
+        self._record.behind(None)  # what will be queued on that stream is behind no fence yet
 
     def used(self, state: Any, now: float) -> None:
         """Take note of a use that begins; not for users."""

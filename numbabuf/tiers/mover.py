@@ -1,4 +1,4 @@
-"""A set of copies between blocks, made into a table and run as one launch, and the marks that order them.
+"""A set of copies between blocks, made into a table and run as one launch, on a stream of its own.
 
 Knows addresses and streams, not why something moves: `hierarchy` decides that, and swaps what its entries hold once a
 batch is queued. Sits above `pool`, below `hierarchy`.
@@ -7,19 +7,18 @@ batch is queued. Sits above `pool`, below `hierarchy`.
 from __future__ import annotations
 
 import gc
-import weakref
-from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import _cuda
 from .._cuda import kernels
 from ..pool.block import Block
+from ..pool.fence import Fence, Fences
 from ..pool.spec import Tier
 
-__all__ = ["BLOCKS_DOWN", "BLOCKS_UP", "ENGINE_BYTES", "Mark", "Move", "Mover", "table"]
+__all__ = ["BLOCKS_DOWN", "BLOCKS_UP", "ENGINE_BYTES", "Move", "Mover", "table"]
 
 BLOCKS_UP, BLOCKS_DOWN = 16, 8
 """Most thread blocks of a launch that reads from the host, and of one that writes to it. By Little's law a PCIe 5 bus
@@ -101,46 +100,6 @@ def _refuse_overlap(runs: np.ndarray) -> None:
         )
 
 
-class Mark:
-    """A point in a stream's work; what was queued before it is done when the mark is.
-
-    Parameters
-    ----------
-    stream : _cuda.Stream
-        The work queued on it so far is marked.
-    spare : deque
-        Events not in use; the mark takes one and puts it back when nobody refers to the mark any more.
-    """
-
-    __slots__ = ("__weakref__", "_event", "stream")
-
-    def __init__(self, stream: _cuda.Stream, spare: deque[Any]) -> None:
-        event = spare.pop() if spare else _cuda.Event()
-        try:
-            event.record(stream)
-        except BaseException:
-            spare.append(event)
-            raise
-        self.stream, self._event = stream, event
-        # A wait that was queued has taken note of the event already, so it may be recorded anew once nobody can ask for
-        # this mark any more. Not by `__del__`: a mark in a dead cycle would put back an event that the collector has
-        # declared dead with it, and that Numba destroys. What the finaliser refers to is alive. It takes no lock.
-        weakref.finalize(self, spare.append, event).atexit = False
-
-    def done(self) -> bool:
-        """Whether the marked work is done. Not during a capture, which forbids the query."""
-        return bool(self._event.query())
-
-    def synchronize(self) -> None:
-        """Block the host until the marked work is done."""
-        self._event.synchronize()
-
-    def wait(self, stream: _cuda.Stream) -> None:
-        """Make later work on `stream` wait for the marked work; the host does not wait."""
-        if stream is not self.stream:
-            self._event.wait(stream)
-
-
 class Move(NamedTuple):
     """One copy between two blocks, from byte 0 of both."""
 
@@ -158,6 +117,8 @@ class Mover:
         Most thread blocks of a launch. None: by direction, `BLOCKS_UP` or `BLOCKS_DOWN`.
     engine_bytes
         Moves of at least this many bytes go to the copy engine instead, one driver call each. None: `ENGINE_BYTES`.
+    fences
+        Those of the pool. None: its own.
     depth
         Descriptor tables in the ring.
 
@@ -173,17 +134,24 @@ class Mover:
     Threads: the owner holds a lock round every call. Capture: not to be used while a capture is open.
     """
 
-    def __init__(self, *, blocks: int | None = None, engine_bytes: int | None = None, depth: int = 4) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int | None = None,
+        engine_bytes: int | None = None,
+        fences: Fences | None = None,
+        depth: int = 4,
+    ) -> None:
         self.blocks = blocks
         self.engine_bytes = ENGINE_BYTES if engine_bytes is None else engine_bytes
         self.launches = self.engine_copies = self.moved_bytes = 0
-        self.spare: deque[Any] = deque()
+        self._fences = fences or Fences()
         self.stream = _cuda.as_stream(None)
         self._tables: list[np.ndarray | None] = [None] * depth  # pinned, each of shape (rows, 3)
-        self._readers: list[Mark | None] = [None] * depth  # after which a table is read
+        self._readers: list[Fence | None] = [None] * depth  # behind the launches that read the tables
 
-    def run(self, moves: Sequence[Move]) -> Mark:
-        """Queue a batch; returns the mark after it.
+    def run(self, moves: Sequence[Move]) -> Fence:
+        """Queue a batch; returns the fence behind it.
 
         Raises
         ------
@@ -210,30 +178,29 @@ class Mover:
             if len(rows):
                 self._compile()
                 self._launch(turn, rows, blocks)
-            mark = Mark(self.stream, self.spare)
+            fence = self._fences.behind([self.stream]) or Fence((), self._fences.spare)  # none: it is done
         except BaseException:
             self._settle()
             raise
         if len(rows):
-            self._readers[turn] = mark
+            self._readers[turn] = fence
             self.launches += 1
         self.engine_copies += len(large)
         self.moved_bytes += sum(move.nbytes for move in moves)
-        return mark
+        return fence
 
     def synchronize(self) -> None:
         """Block the host until all moves are done."""
         self.stream.synchronize()
 
     def close(self) -> None:
-        """Wait for all moves and let go of the tables and events, here and now.
+        """Wait for all moves and let go of the tables, here and now.
 
         What dies in a cycle Numba destroys in whatever thread the collector runs, context or none.
         """
         self.synchronize()
         self._readers = [None] * len(self._readers)
         self._tables = [None] * len(self._tables)
-        self.spare.clear()
 
     def _blocks(self, moves: Sequence[Move]) -> int:
         """Return the most thread blocks for a batch: those of the way up where any move reads from the host."""

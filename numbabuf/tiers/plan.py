@@ -54,7 +54,10 @@ def plan(
     >>> plan([("a", 3), ("b", 4), ("c", 9)], 5, iter([("x", 2), ("y", 1)]))
     Plan(evict=['x'], bring=['a', 'b'], refuse=[], full=['c'], room=0)
     """
-    made: Plan[_K] = Plan([], [], [], [], 0)
+    evict: list[_K] = []
+    bring: list[_K] = []
+    refuse: list[_K] = []
+    full: list[_K] = []
     for key, nbytes in wanted:
         going: list[tuple[_K, int]] = []
         while room < nbytes and (victim := next(coldest, None)) is not None:
@@ -62,11 +65,11 @@ def plan(
             room += victim[1]
         keys = [victim for victim, _ in going]
         if room >= nbytes and (not going or admits is None or admits(key, keys)):
-            made.evict.extend(keys)
-            made.bring.append(key)
+            evict += keys
+            bring.append(key)
             room -= nbytes
             continue
-        (made.refuse if room >= nbytes else made.full).append(key)
+        (refuse if room >= nbytes else full).append(key)
         room -= sum(size for _, size in going)
         coldest = chain(going, coldest)
-    return made._replace(room=room)
+    return Plan(evict, bring, refuse, full, room)

@@ -115,6 +115,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             engine_bytes = whole_number("engine_bytes", engine_bytes, least=1)
         self._begin(TierStore(budgets, weakref.ref(self), events), on_oom)
         self._reserved: set[BufferSpec] = set()  # of earlier calls, as far as there are blocks of them
+        self._latest: tuple[Any, Any] = None, None  # the stream of the latest use, and wrapped: 10 us
         self.policy = make_policy(policy, device_bytes)  # it takes the policy, and nothing fails from here on
         self._residents = Residents(self._store, self.policy)
         self._traffic = Traffic(self._store, self._residents, blocks=move_blocks, engine_bytes=engine_bytes)
@@ -319,9 +320,14 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """
         chosen = self._mine(entries)
         _cuda.one_device(self._store.device, self)  # the caller's work is for the device that is current
-        return Use(
-            self._traffic, self._residents, self._store, chosen, _stream_of(stream), write=write, in_place=in_place
-        )
+        given, wrapped = self._latest
+        if stream is None or stream is not given or wrapped.closed:
+            wrapped = _stream_of(stream)
+            if not (isinstance(stream, int) or wrapped.handle == 0 or wrapped.thread):  # those name others another time
+                self._latest = stream, wrapped
+        else:
+            refuse_captured(wrapped)
+        return Use(self._traffic, self._residents, self._store, chosen, wrapped, write=write, in_place=in_place)
 
     # ----------------------------------------------------------------------------------------------- moves by hand
 

@@ -144,8 +144,6 @@ class Residents:
         for line in self._lines.values():
             line.discard(record.key)
         self.drop_copy(record)
-        if self._store.closed:
-            record.mark = None
 
     def close(self) -> None:
         """Give up all copies."""

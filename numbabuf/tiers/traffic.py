@@ -13,9 +13,10 @@ from typing import NamedTuple
 from .. import _cuda
 from ..errors import CaptureError, TierFullError
 from ..pool.block import Ticket
+from ..pool.fence import Fence
 from ..pool.spec import BufferSpec, Tier, as_code
 from .entry import MovableEntry
-from .mover import Mark, Move, Mover
+from .mover import Move, Mover
 from .plan import plan
 from .residents import Residents, refuse_bound, refuse_used
 from .store import TierStore
@@ -76,7 +77,7 @@ class Traffic:
         if self._made is None:
             with self._store.lock, _cuda.on_device(self._store.device):
                 if self._made is None:
-                    self._made = Mover(blocks=self._blocks, engine_bytes=self._engine_bytes)
+                    self._made = Mover(blocks=self._blocks, engine_bytes=self._engine_bytes, fences=self._store.fences)
         return self._made
 
     @property
@@ -97,10 +98,6 @@ class Traffic:
     def disown(self) -> None:
         """Forget what moves, which is a parent process's, or gone."""
         self._made = None
-
-    def mark(self, stream: _cuda.Stream) -> Mark:
-        """Mark the work queued on a stream."""
-        return Mark(stream, self.mover.spare)
 
     # ------------------------------------------------------------------------------------------------------ room
 
@@ -256,7 +253,7 @@ class Traffic:
     def transfer(self, wanted: Sequence[tuple[MovableEntry, Tier | None]]) -> None:
         """Move buffers, each to a tier or (None) to the next one below with room: all of them or none.
 
-        Reserve, launch, mark, swap, release. What fails before the swap leaves every buffer where it was: the targets
+        Reserve, launch, fence, swap, release. What fails before the swap leaves every buffer where it was: the targets
         go back, and the mover has waited for whatever it had queued into them. From the swap on nothing fails.
         """
         if not wanted:
@@ -268,17 +265,17 @@ class Traffic:
             try:
                 for entry, tier in wanted:
                     steps.append(self._target(entry, tier))
-                mark = self._copy([step for step in steps if step.ticket is not step.entry.record.copy])
+                fence = self._copy([step for step in steps if step.ticket is not step.entry.record.copy])
             except BaseException:
                 for step in steps:
                     if step.made:
                         self._store.retire(step.ticket)
                 raise
             for step in steps:
-                self._swap(step.entry, step.ticket, mark)
+                self._swap(step.entry, step.ticket, fence)
 
-    def _copy(self, steps: Sequence[_Step]) -> Mark | None:
-        """Queue the copies of a transfer, behind all work on their sources; return the mark behind them."""
+    def _copy(self, steps: Sequence[_Step]) -> Fence | None:
+        """Queue the copies of a transfer, behind all work on their sources; return the fence behind them."""
         if not steps:
             return None
         mover = self.mover
@@ -307,12 +304,12 @@ class Traffic:
         self._store.take(ticket, kind, self.mover.stream)
         return ticket
 
-    def _swap(self, entry: MovableEntry, new: Ticket, mark: Mark | None) -> None:
+    def _swap(self, entry: MovableEntry, new: Ticket, fence: Fence | None) -> None:
         record, old = entry.record, entry.ticket
         up = ORDER.index(new.block.tier) < ORDER.index(old.block.tier)
         clean = new is record.copy
         if not clean:
-            record.mark = mark
+            record.behind(fence)
             new.block.users = old.block.users = (self.mover.stream,)
         new.block.plain = old.block.plain = False
         entry.ticket = new
@@ -330,9 +327,9 @@ class Traffic:
 
     def order_after(self, entry: MovableEntry, stream: _cuda.Stream) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
-        mark, block, fences = entry.record.mark, entry.ticket.block, self._store.fences
-        if mark is not None:
-            mark.wait(stream)
+        fence, block, fences = entry.record.fence, entry.ticket.block, self._store.fences
+        if fence is not None:
+            fence.wait(stream)
             return
         users = block.users or ((fences.default,) if block.tier is Tier.DEVICE else ())
         try:

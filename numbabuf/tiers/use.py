@@ -13,9 +13,9 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import BusyError, CaptureError
+from ..pool.fence import Fence
 from ..pool.spec import BufferState, Tier
 from .entry import MovableEntry
-from .mover import Mark
 from .residents import Residents
 from .store import TierStore
 from .traffic import Traffic
@@ -36,7 +36,7 @@ def refuse_captured(stream: _cuda.Stream) -> None:
 class Use(contextlib.AbstractContextManager[list[Any]]):
     """One use of buffers, for work on one stream. Made by `HierarchicalBufferPool.use`; entered once."""
 
-    # The hot path of the tiers, guarded by benchmarks/tiers.py: a class, as a generator costs 2 us more.
+    # The hot path of the tiers: a class, as a generator costs 2 us more.
     __slots__ = (
         "_captured", "_entries", "_in_place", "_residents", "_seen", "_store", "_stream", "_thread", "_traffic",
         "_write",
@@ -51,7 +51,7 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
         self._write, self._in_place = write, in_place
         self._captured = False
         self._thread = 0  # that entered it
-        self._seen: list[tuple[Mark | None, tuple[_cuda.Stream, ...]]] | None = None  # of each buffer, as it began
+        self._seen: list[tuple[int, tuple[_cuda.Stream, ...]]] = []  # of each buffer, as it began
 
     def __enter__(self) -> list[Any]:
         if self._thread:
@@ -64,13 +64,17 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
     def _begin(self) -> None:
         chosen, residents, traffic = self._entries, self._residents, self._traffic
         self._captured = _cuda.capturing()
-        with residents.claimed(chosen):
+        residents.sweep()
+        away = any(entry.ticket.block.tier is not Tier.DEVICE for entry in chosen)  # or StaleBufferError
+        for entry in chosen:
+            residents.touch(entry, write=self._write)
+        refused = 0
+        if away:
+            with residents.claimed(chosen):
+                refused = traffic.bring_up(chosen, insist=not self._in_place, judge=self._in_place)
+        if not self._captured:
             for entry in chosen:
-                residents.touch(entry, write=self._write)
-            refused = traffic.bring_up(chosen, insist=not self._in_place, judge=self._in_place)
-            if not self._captured:
-                for entry in chosen:
-                    traffic.order_after(entry, self._stream)
+                traffic.order_after(entry, self._stream)
         now = time.monotonic()
         self._thread = threading.get_ident()
         traffic.counts["refused"] += refused
@@ -81,7 +85,7 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
             traffic.counts["in_place"] += entry.tier is not Tier.DEVICE
             entry.used(BufferState.IN_USE, now)
             record.users.append(self._thread)
-        self._seen = [(entry.record.mark, entry.ticket.block.users) for entry in chosen]
+        self._seen = [(entry.record.changes, entry.ticket.block.users) for entry in chosen]
 
     def __exit__(self, *exc: object) -> None:
         store = self._store
@@ -96,7 +100,7 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
     def _end(self) -> None:
         try:
             if not self._captured or not _cuda.capturing():
-                self._mark()
+                self._put_fence()
         finally:
             self._leave()
 
@@ -104,22 +108,26 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
         for entry in self._entries:
             entry.record.users.remove(self._thread)
 
-    def _mark(self) -> None:
-        """Put one mark behind the work, and behind that of others that ended or were named meanwhile."""
-        after = None
-        seen, self._seen = self._seen or [], None
+    def _put_fence(self) -> None:
+        """Put one fence behind the work, and behind that of others that ended or were named meanwhile."""
+        # Two streams, one buffer, and a move after both uses:
+        #   use on A: begins; use on B: begins, ends, and puts its fence
+        #   use on A: ends, and puts its own fence, which the buffer's next mover waits for instead
+        # Were A not made to wait for B first, the move would run beside B's work.
+        fence: Fence | None = None
+        seen, self._seen = self._seen, []
         try:
-            if not _cuda.capturing():  # one begun within the use takes no event
-                for entry, (mark, users) in zip(self._entries, seen, strict=True):
-                    if entry.record.mark is not mark or entry.ticket.block.users is not users:
+            if not _cuda.capturing():  # a capture begun within the use takes no event
+                for entry, (changes, users) in zip(self._entries, seen, strict=True):
+                    if entry.record.changes != changes or entry.ticket.block.users is not users:
                         self._traffic.order_after(entry, self._stream)
-                after = self._traffic.mark(self._stream)
-        except Exception:  # no mark: the next to come asks the block for its users, and is put behind them
-            after = None
+                fence = self._store.fences.behind((self._stream,))
+        except Exception:  # no fence: the next to come asks the block for its users, and is put behind them
+            fence = None
         for entry in self._entries:
-            entry.record.mark = after
-            if after is None:
-                entry.ticket.block.add_user(self._stream)
+            block = entry.ticket.block
+            entry.record.behind(fence)
+            if fence is None:
+                block.add_user(self._stream)
             else:
-                block = entry.ticket.block
                 block.users, block.plain = (self._stream,), False

@@ -1,7 +1,5 @@
 """Moves: the plan, the copy kernel against its twin, the ring of tables, and marks."""
 
-import gc
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from numbabuf import _cuda
 from numbabuf._cuda import kernels
 from numbabuf.pool.block import Block
 from numbabuf.pool.spec import BufferSpec, Tier
-from numbabuf.tiers.mover import BLOCKS_DOWN, BLOCKS_UP, ENGINE_BYTES, Mark, Move, Mover, table
+from numbabuf.tiers.mover import BLOCKS_DOWN, BLOCKS_UP, ENGINE_BYTES, Move, Mover, table
 
 SIM = _cuda.SIM
 
@@ -170,9 +168,9 @@ def test_one_batch_moves_between_all_tiers(engine_bytes, backend):
         (a, b) for a in Tier for b in Tier)}  # fmt: skip
     mover = Mover(engine_bytes=engine_bytes)
     moves = [Move(block(a, d), block(b, np.zeros_like(d)), len(d)) for (a, b), d in data.items()]
-    mark = mover.run(moves)
-    mark.synchronize()
-    assert mark.done()
+    fence = mover.run(moves)
+    fence.synchronize()
+    assert fence.done()
     for move, wanted in zip(moves, data.values(), strict=True):
         assert (contents(move.target) == wanted).all() and (contents(move.source) == wanted).all()
     assert mover.moved_bytes == sum(map(len, data.values()))
@@ -180,7 +178,7 @@ def test_one_batch_moves_between_all_tiers(engine_bytes, backend):
     assert mover.engine_copies == by_engine and mover.launches == (1 if by_engine < 9 else 0)
 
 
-def test_a_batch_of_nothing_is_a_mark():
+def test_a_batch_of_nothing_has_a_fence():
     mover = Mover()
     mover.run([]).synchronize()
     empty = block(Tier.PINNED, np.empty(0, np.uint8))
@@ -210,9 +208,9 @@ def test_a_batch_is_one_launch_and_one_event(stub):
     mover = Mover(depth=1)
     mover.run(moves[:1]).synchronize()  # makes the stream, the table and the event, and compiles
     stub.reset_counts()
-    mark = mover.run(moves)
+    fence = mover.run(moves)
     counts = stub.counts()
-    mark.synchronize()
+    fence.synchronize()
     assert sum(n for name, n in counts.items() if name.startswith("cuLaunchKernel")) == 1
     assert sum(n for name, n in counts.items() if name.startswith("cuEventRecord")) == 1
     others = ("cuMemcpy", "cuMemAlloc", "cuMemHostAlloc", "cuStreamSynchronize")
@@ -253,38 +251,16 @@ def test_a_failed_batch_counts_nothing_and_the_next_one_works(monkeypatch, faili
     assert (contents(moves[0].target) == data).all() and (contents(moves[1].target) == data[:30]).all()
 
 
-def test_a_batch_whose_mark_fails_has_ended(monkeypatch):
-    """The targets go back to the pool then: nothing may be on its way into them."""
+def test_a_batch_without_an_event_has_ended(monkeypatch):
+    """Nothing may be on its way into the targets that no fence is behind."""
+    waited, synchronize = [], _cuda.synchronize
     mover = Mover()
-    waited = []
-    monkeypatch.setattr(Mover, "synchronize", lambda self: waited.append(self.stream.synchronize()))
-    monkeypatch.setattr(_cuda, "Event", lambda: (_ for _ in ()).throw(MemoryError("no event")))
-    with pytest.raises(MemoryError, match="no event"):
-        mover.run([Move(block(Tier.PINNED, np.ones(9, np.uint8)), block(Tier.DEVICE, np.zeros(9, np.uint8)), 9)])
-    assert waited and mover.launches == 0
-
-
-def test_events_are_used_again():
-    mover = Mover()
-    for _ in range(20):
-        Mark(mover.stream, mover.spare).synchronize()
-    assert len(mover.spare) == 1
-    kept = [Mark(mover.stream, mover.spare) for _ in range(3)]
-    assert len(mover.spare) == 0
-    kept.clear()
-    assert len(mover.spare) == 3
-
-
-def test_a_mark_that_dies_in_a_cycle_gives_back_a_live_event():
-    """The collector declares all of a dead cycle dead at once; an event taken out of it would be destroyed in use."""
-    mover = Mover()
-    cycle = [Mark(mover.stream, mover.spare) for _ in range(30)]  # Numba destroys what is dead in lots of ten and more
-    cycle.append(cycle)
-    del cycle
-    gc.collect()
-    assert len(mover.spare) == 30
-    for mark in [Mark(mover.stream, mover.spare) for _ in range(30)]:
-        mark.synchronize()
+    with monkeypatch.context() as patch:
+        patch.setattr(_cuda, "synchronize", lambda: waited.append(synchronize()))
+        patch.setattr(_cuda, "Event", lambda: (_ for _ in ()).throw(MemoryError("no event")))
+        move = Move(block(Tier.PINNED, np.ones(9, np.uint8)), block(Tier.DEVICE, np.zeros(9, np.uint8)), 9)
+        fence = mover.run([move])
+    assert waited and fence.done() and (contents(move.target) == 1).all()
 
 
 # ------------------------------------------------------------------------------------------------------- what is chosen
