@@ -362,8 +362,8 @@ class InputBufferManager(Resource):
             ``on_progress(done, total, size, free_bytes)`` is called after each of the two calls per size;
             `progress.Bar` is one that shows a bar. What it raises ends the capture as what `fn` raises does.
         warm_up : {None, "run"}
-            "run": the first call for each size is not a capture but runs, over slots that are all padding. For functions
-            that need a run before they can be captured; it changes what the function writes.
+            "run": the first call for each size runs, over slots that are all padding, in place of the dropped capture.
+            For functions that need a run before they can be captured; it changes what the function writes.
 
         Returns
         -------
@@ -477,14 +477,14 @@ class InputBufferManager(Resource):
                 raise ValueError(f"a program {name!r} is open already: close it first, or give another name")
             program = Program(self._shared, self._fill, name, fn, policy, buckets, self.max_tokens)
             program.observer, program.refusal_observer = self._first.observer, self._first.refusal_observer
-            self._programs[name] = program
+            self._programs = {**self._programs, name: program}  # a new one: other threads may be reading the old
             return program
 
     def _forget_closed(self) -> None:
         """Let closed programs go, but for their counts."""
-        for name, program in list(self._programs.items()):
+        for name, program in self._programs.items():
             if program.closed and program is not self._first:
-                del self._programs[name]
+                self._programs = {other: kept for other, kept in self._programs.items() if other != name}
                 self._shared.tables.remove(program.graphs)
                 self._gone.absorb(program.graphs)
                 self._gone_overflows += program.overflow.count
@@ -559,8 +559,11 @@ class InputBufferManager(Resource):
                 self._first.function = None
         if self.owns_pool:
             self.owns_pool = False
-            with contextlib.suppress(*(Exception,) * shared.life.ended):  # what is gone gives nothing back
+            try:
                 shared.pool.close()
+            except Exception:
+                if not shared.life.ended:  # what is gone with its context gives nothing back
+                    raise
 
     def __enter__(self) -> InputBufferManager:
         self._shared.check_open()
