@@ -163,6 +163,7 @@ spec, out = BufferSpec(256), cuda.to_device(np.zeros(256, np.float32))
 with SimpleBufferPool() as pool:
     with pool.allocate(spec) as entry:
         fill[1, 32](entry.array, np.float32(1))
+        cuda.default_stream().synchronize()  # the read alone is queued
         copy[1, 32](entry.array, out)
 
     def write():

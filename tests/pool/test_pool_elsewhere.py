@@ -33,6 +33,7 @@ def test_two_threads_per_thread_default_streams_are_two():
     with SimpleBufferPool() as pool:
         with pool.allocate(SPEC, stream=stream) as entry:
             fill[1, 32, stream](entry.array, np.float32(1))
+            stream.synchronize()  # the read alone is queued
             copy[1, 32, stream](entry.array, out)
 
         def write():
