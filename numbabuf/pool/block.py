@@ -66,8 +66,8 @@ class Block:
         Behind the work of the last lease, of an idle or deferred block that other streams may still use.
     pins : dict of int to weakref of Pin
         By thread, as two that capture at once would overwrite each other's.
-    pool
-        A function that returns the pool, or None when that is gone.
+    pool, store
+        Functions that return the pool and its store, or None when that is gone.
     device : int
         Ordinal of the device that the memory is on, or that pinned memory was made for.
     life : Lifetime
@@ -78,8 +78,8 @@ class Block:
 
     __slots__ = (
         "__weakref__", "address", "array", "base", "captured", "clean_at", "device", "device_views", "fence",
-        "generation", "home", "life", "line", "nbytes", "pins", "plain", "pool", "recasts", "site", "spec", "tier",
-        "users", "views",
+        "generation", "home", "life", "line", "nbytes", "pins", "plain", "pool", "recasts", "site", "spec", "store",
+        "tier", "users", "views",
     )  # fmt: skip
 
     home: Any
@@ -106,6 +106,7 @@ class Block:
         self.pins: dict[int, weakref.ref[Pin]] = {}
         self.plain = True
         self.pool: Any = None
+        self.store: Any = None
         self.device = _cuda.device_id()
         self.life = _cuda.lifetime()
         self.site = ""
@@ -238,11 +239,11 @@ class Ticket:
     The pool keeps no other reference to a ticket in somebody's hands, so a ticket that dies there was lost.
     """
 
-    __slots__ = ("_token", "block")
+    __slots__ = ("token", "block")
 
     def __init__(self, block: Block) -> None:
         self.block = block
-        self._token = np.empty(0, np.uint8)  # what `Alarm` watches
+        self.token = np.empty(0, np.uint8)  # what `Alarm` watches
 
 
 class Alarm(weakref.ref):  # type: ignore[type-arg]
@@ -264,7 +265,7 @@ class Alarm(weakref.ref):  # type: ignore[type-arg]
     @classmethod
     def watch(cls, ticket: Ticket, off: Any) -> Alarm:
         """Have `off` called with the alarm when `ticket` dies, as long as the alarm is kept."""
-        alarm = cls(ticket._token, off)
+        alarm = cls(ticket.token, off)
         alarm.block = ticket.block
         return alarm
 

@@ -121,17 +121,21 @@ class BufferEntry(Shown):
 
     def _release_slowly(self, ticket: Ticket, block: Block, stream: _cuda.StreamLike | None) -> None:
         try:
-            pool = block.pool()
-            if pool is not None:  # if it is gone, nobody else will use the memory
-                self._site = pool._take_back(ticket, stream)
+            store = block.store()
+            if store is not None:  # if it is gone, the memory goes with the ticket
+                self._site = store.take_back(ticket, stream)
         except Exception:
             self._held.append(ticket)
             raise  # an interrupt ends the lease: the pool may have the ticket already, and may have leased it anew
 
     def _arrive_late(self, block: Block) -> None:
-        pool = block.pool()
-        if pool is not None:
-            pool._look_again()
+        store = block.store()
+        if store is not None:
+            store.look_again()
+
+    def belongs_to(self, pool: object) -> bool:
+        """Return whether `pool` made this lease; StaleBufferError after its end."""
+        return self._block("released").pool() is pool
 
     def mark_in_use(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """Say that work queued on `stream` reads or writes the buffer: it is IN_USE, and its release waits for it.

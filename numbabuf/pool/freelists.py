@@ -125,6 +125,11 @@ class FreeLists:
                 return ticket
         return None
 
+    def pop_ready(self, spec: BufferSpec) -> Ticket | None:
+        """Pop a ready block of the capacity of `spec`."""
+        found = self.by_key.get(spec.line)
+        return None if found is None else _pop(found.ready)
+
     def take(self, spec: BufferSpec, stream: Any, bound: int) -> Ticket | None:
         """Take a block for `spec` in order for `stream` (None: the default one, or the CPU).
 

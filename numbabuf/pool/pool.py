@@ -7,7 +7,6 @@ tiers and predicts nothing. Sits above `entry`, `store` and `ladder`, below `hie
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -23,8 +22,8 @@ from .block import Ledger, Ticket, refuse_captured
 from .entry import BufferEntry
 from .oom import Ladder
 from .spec import BufferSpec, Tier, as_code
-from .stats import Frozen, OomSteps, PoolStats, Scope, caller
-from .store import Store, refuse_foreign_capture
+from .stats import Frozen, OomSteps, PoolStats, Scope
+from .store import Store, known_stream, refuse_foreign_capture
 
 __all__ = ["BufferPool", "Limits", "SimpleBufferPool"]
 
@@ -277,7 +276,7 @@ class SimpleBufferPool(BufferPool):
         """
         if not isinstance(entry, BufferEntry):
             raise TypeError(f"release was given {entry!r}: give the BufferEntry that allocate returned")
-        if entry._block("released").pool() is not self:
+        if not entry.belongs_to(self):
             raise ValueError(f"{entry!r} belongs to another pool: release it there, or call entry.release()")
         entry.release(stream=stream)
 
@@ -286,7 +285,7 @@ class SimpleBufferPool(BufferPool):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         store = self._store
         if stream is not None:
-            wrapped: _cuda.Stream | None = self._stream(stream)
+            wrapped: _cuda.Stream | None = known_stream(stream)
         else:  # the default stream, which goes without saying where all threads have one
             wrapped = _cuda.default_stream() if _cuda.PER_THREAD and spec.tier is Tier.DEVICE else None
         entry = self._hit(spec, wrapped)
@@ -333,37 +332,6 @@ class SimpleBufferPool(BufferPool):
     def _demote(self, tier: Tier, nbytes: int) -> str | None:
         """The rung of the ladder that is the pool's own: this one has nothing to move."""
         return None
-
-    def _take_back(self, ticket: Ticket, stream: _cuda.StreamLike | None) -> str:
-        """End a lease that is not plain, for its entry; returns where, in debug mode."""
-        store = self._store
-        wrapped = None if stream is None else self._stream(stream)
-        # One thread, a finaliser in the middle of its trim:
-        #   trim: looks through the waiting buffers
-        #   collector: runs a finaliser, which releases an entry
-        #   release: would add to what trim looks through. It is put off to the end of the trim.
-        if store.turns.mine():
-            store.turns.later(functools.partial(store.release_late, ticket, wrapped))
-        else:
-            store.release(ticket, wrapped)
-        return caller() if store.watch.debug else ""
-
-    @staticmethod
-    def _stream(stream: _cuda.StreamLike | None) -> _cuda.Stream:
-        """Wrap what a user calls a stream; that of this thread's own capture is known by one object."""
-        wrapped = _cuda.as_stream(stream)
-        here = _cuda.open_capture()
-        if here is not None and here.stream.handle == wrapped.handle and here.stream.thread is wrapped.thread:
-            return here.stream
-        return wrapped
-
-    def _look_again(self) -> None:
-        """A plain release may have met with the close of the pool, and then came home unseen."""
-        turns = self._store.turns
-        turns.later(self._store.settle)
-        if not turns.mine():
-            with self._store.there(), turns.lock:
-                turns.do_late()
 
     def _step(self, what: str) -> contextlib.AbstractContextManager[None]:
         """One step of the pool, a call from outside; BusyError where this thread is in the middle of one already."""
@@ -655,7 +623,7 @@ pools: weakref.WeakSet[SimpleBufferPool] = weakref.WeakSet()
 
 def _after_fork_in_child() -> None:
     for pool in list(pools):
-        pool._disown()
+        pool._disown()  # noqa: SLF001 - the class above
 
 
 _cuda.watch_forks(_after_fork_in_child)

@@ -7,7 +7,9 @@ raises, and `oom` decides what to free. Sits above `freelists`, below `oom` and 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,10 +20,10 @@ from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, refus
 from .fence import Fence, Fences
 from .freelists import FreeLists
 from .spec import BufferSpec, Tier, size_class
-from .stats import Watch
+from .stats import Watch, caller
 from .turns import Turns
 
-__all__ = ["Store", "refuse_foreign_capture"]
+__all__ = ["Store", "known_stream", "refuse_foreign_capture"]
 
 _log = logging.getLogger("numbabuf")
 
@@ -217,6 +219,26 @@ class Store:
         with self.there():
             _cuda.flush_pending_frees()
 
+    def take_back(self, ticket: Ticket, stream: _cuda.StreamLike | None) -> str:
+        """End a lease that is not plain, for its entry; return where, in debug mode."""
+        wrapped = None if stream is None else known_stream(stream)
+        # One thread, a finaliser in the middle of its pool's close:
+        #   close: waits for one released buffer after the other
+        #   collector: runs a finaliser, which releases an entry
+        #   release: would add to what the close goes through. It is put off to the end of the close.
+        if self.turns.mine():
+            self.turns.later(functools.partial(self.release_late, ticket, wrapped))
+        else:
+            self.release(ticket, wrapped)
+        return caller() if self.watch.debug else ""
+
+    def look_again(self) -> None:
+        """A plain release may have met with the close of the pool, and then came home unseen."""
+        self.turns.later(self.settle)
+        if not self.turns.mine():
+            with self.there(), self.lock:
+                self.turns.do_late()
+
     def release_late(self, ticket: Ticket, stream: _cuda.Stream | None) -> None:
         """End a lease that was ended in the middle of a step, when that step has ended. Lock held."""
         with self.there():
@@ -389,7 +411,7 @@ class Store:
             self.ledger.keep(spec.tier, nbytes)
             ticket = self._issue(block)
             self.peak_count = max(self.peak_count, len(self.blocks))
-            block.pool = self._owner
+            block.pool, block.store = self._owner, weakref.ref(self)
             block.home = self.lists.enter(block.line).ready.append
             self.tell("grow", block)
             return ticket
@@ -422,43 +444,31 @@ class Store:
         If there are any, or on an error, what was taken from the driver for this is freed again.
         """
         held: list[Ticket] = []
-        missing = []
-        with self.lock:
-            self.settle()
-            for spec in specs:
-                found = self.lists.by_key.get(spec.line)
-                if found is None or not found.ready:
-                    missing.append(spec)
-                else:
-                    held.append(found.ready.pop())
         made: list[Ticket] = []
-        refused: list[BufferSpec] = []
+        whole = False
         try:
-            unsure = [ticket.block for ticket in held if ticket.block.tier is Tier.DEVICE and not ticket.block.clean]
-            if unsure:
-                with self.there():
-                    self.fences.default.synchronize()
-                for block in unsure:
-                    block.clean_at = block.generation
-            for spec in missing:
-                ticket = self.grow_or_trim(spec)
-                if ticket is None:
-                    refused.append(spec)
-                else:
-                    made.append(ticket)
-        except BaseException:
-            refused = missing
-            raise
+            with self.lock:
+                self.settle()
+                missing = [spec for spec in specs if not _add(held, self.lists.pop_ready(spec))]
+            self._clean([ticket.block for ticket in held])
+            refused = [spec for spec in missing if not _add(made, self.grow_or_trim(spec))]
+            whole = not refused
         finally:
             with self.there(), self.lock:
-                for ticket in held:
+                for ticket in held + made * whole:
                     self.go_home(ticket)
-                for ticket in made:
-                    if refused:
-                        self.free(ticket)
-                    else:
-                        self.go_home(ticket)
+                for ticket in made * (not whole):
+                    self.free(ticket)
         return refused
+
+    def _clean(self, blocks: list[Block]) -> None:
+        """Wait for the default stream where it may still use one of `blocks`: any stream may have them then."""
+        unsure = [block for block in blocks if block.tier is Tier.DEVICE and not block.clean]
+        if unsure:
+            with self.there():
+                self.fences.default.synchronize()
+            for block in unsure:
+                block.clean_at = block.generation
 
     def make_room(self, tier: Tier, nbytes: int) -> int:
         """Free idle memory to make room in a tier: what its limit lacks, or all there if it is the driver that is full.
@@ -632,7 +642,7 @@ class Store:
         collector's next run.
         """
         for block in getattr(self, "blocks", ()):  # none where `__init__` failed
-            block.plain, block.home, block.pool = False, _discard, _no_pool
+            block.plain, block.home, block.pool, block.store = False, _discard, _no_pool, _no_pool
 
     __del__ = abandon
 
@@ -667,8 +677,24 @@ def refuse_foreign_capture(error: BaseException, what: str) -> None:
 _inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it
 
 
+def _add(tickets: list[Ticket], ticket: Ticket | None) -> bool:
+    """Add a ticket, if there is one; return whether there was."""
+    if ticket is not None:
+        tickets.append(ticket)
+    return ticket is not None
+
+
+def known_stream(stream: _cuda.StreamLike) -> _cuda.Stream:
+    """Wrap what a user calls a stream; that of this thread's own capture is known by one object."""
+    wrapped = _cuda.as_stream(stream)
+    here = _cuda.open_capture()
+    if here is not None and here.stream.handle == wrapped.handle and here.stream.thread is wrapped.thread:
+        return here.stream
+    return wrapped
+
+
 def _no_pool() -> None:
-    """Stand where a block's reference to its pool stood."""
+    """Stand where a block's references to its pool and store stood."""
 
 
 def _discard(ticket: Ticket) -> None:

@@ -20,6 +20,7 @@ from ..pool.entry import BufferEntry
 from ..pool.pool import SimpleBufferPool
 from ..pool.spec import BufferSpec, Tier, size_class
 from ..pool.stats import Frozen, PoolStats
+from ..pool.store import known_stream
 from .entry import MovableEntry
 from .policies import Policy, make_policy
 from .residents import Residents, refuse_bound, refuse_used
@@ -196,7 +197,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             raise TypeError(f"allocate was given {spec!r}: give a BufferSpec(shape, dtype, tier)")
         wrapped: _cuda.Stream | None = None
         if stream is not None:
-            wrapped = self._stream(stream)
+            wrapped = known_stream(stream)
             refuse_captured(wrapped)
         elif _cuda.PER_THREAD and spec.tier is Tier.DEVICE:  # elsewhere all threads have one, which goes without saying
             wrapped = _cuda.default_stream()

@@ -18,7 +18,7 @@ def home():
 def ticket(home):
     block = Block(BufferSpec((2, 3), "int32", Tier.PINNED), 24)
     block.home = home.append
-    block.pool = lambda: None
+    block.store = lambda: None
     return Ticket(block)
 
 
@@ -37,12 +37,12 @@ def test_a_block_that_is_not_plain_goes_to_its_pool(entry, ticket, home):
     calls = []
 
     class Pool:
-        def _take_back(self, *arguments):
+        def take_back(self, *arguments):
             calls.append(arguments)
             return "somewhere.py:7"
 
     block = ticket.block
-    block.plain, block.pool = False, Pool
+    block.plain, block.store = False, Pool
     stream = _cuda.as_stream(None)
     entry.release(stream=stream)
     assert calls == [(ticket, stream)] and not home
@@ -52,11 +52,11 @@ def test_a_block_that_is_not_plain_goes_to_its_pool(entry, ticket, home):
 
 def test_a_release_that_fails_can_be_tried_again(entry, ticket, home):
     class Pool:
-        def _take_back(self, *arguments):
+        def take_back(self, *arguments):
             raise RuntimeError("device is lost")
 
     block = ticket.block
-    block.plain, block.pool = False, Pool
+    block.plain, block.store = False, Pool
     with pytest.raises(RuntimeError, match="device is lost"):
         entry.release()
     assert entry.state is BufferState.ALLOCATED and entry.array.shape == (2, 3)

@@ -113,7 +113,7 @@ def test_a_finaliser_in_the_same_dead_cycle_may_still_save_the_ticket():
 
 
 def test_what_the_alarm_watches_is_none_of_the_collectors_business():
-    assert not gc.is_tracked(Ticket(Block(BufferSpec(1, "uint8", Tier.PINNED), 1))._token)
+    assert not gc.is_tracked(Ticket(Block(BufferSpec(1, "uint8", Tier.PINNED), 1)).token)
 
 
 # -------------------------------------------------------------------------------------------------------- the account
