@@ -324,3 +324,22 @@ def test_a_capture_that_is_dropped_in_its_block_leaves_nothing(manager):
     kit.collect()
     manager.capture_buckets(lambda step: None, [8])
     manager.register_slot("more", BufferSpec(4), is_static=False)
+
+
+def test_a_capture_that_its_thread_leaves_open_is_given_up_elsewhere(manager):
+    """A generator that a task was suspended in dies in whatever thread drops it."""
+    manager.capture_buckets(lambda step: "kept", [8])
+    blocks = []
+
+    def enter():
+        blocks.append(manager.capture(16))
+        blocks[0].__enter__()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join(60)
+    assert manager.replay({"input_ids": ids(3)}, 3) == "kept"
+    blocks.clear()
+    kit.collect()
+    manager.capture_buckets(lambda step: "new", [8, 16])
+    assert manager.replay({}, 9) == "new"
