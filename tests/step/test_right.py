@@ -1,4 +1,4 @@
-"""The right to do something alone: one thread at a time, nothing left taken, no two threads that wait for each other."""
+"""The right to do something alone: one thread has it, nothing stays taken, and no two threads wait for each other."""
 
 import signal
 import threading
