@@ -133,7 +133,6 @@ class PoolStats(Shown):
         return 1.0 - self.misses / self.allocations if self.allocations else 1.0
 
 
-
 @dataclass(frozen=True)
 class ScopeStats(Shown):
     """What happened within one ``with pool.statistics()``.
@@ -147,7 +146,6 @@ class ScopeStats(Shown):
     current_count: int
     peak_count: int
     total_count: int
-
 
 
 class Scope:

@@ -385,10 +385,6 @@ def test_work_on_the_default_stream_is_waited_for(streams):
         assert one.waits_for == [default]
 
 
-
-
-
-
 def test_reserved_memory_is_any_streams_without_a_wait(streams):
     default, one, two = streams
     default.idle = False
@@ -402,7 +398,6 @@ def test_reserved_memory_is_any_streams_without_a_wait(streams):
             entry.release()
 
 
-
 def test_freeing_waits_for_the_work(streams):
     default, one, _ = streams
     with SimpleBufferPool() as pool:
@@ -412,7 +407,6 @@ def test_freeing_waits_for_the_work(streams):
         pool.clear()
         assert default.synchronized == 1 and mark.done
         assert pool.stats().reserved_bytes == 0
-
 
 
 @pytest.mark.parametrize("tier", [Tier.PINNED, Tier.MANAGED])
@@ -1000,7 +994,6 @@ def test_closed_in_the_middle_of_an_allocation(pool, monkeypatch):
     assert pool.stats().reserved_bytes == 0
 
 
-
 # ---------------------------------------------------------------------------------- interrupted, called from within
 
 
@@ -1021,9 +1014,6 @@ def two_leases(pool, spec, stream=None):
 def test_a_pool_cannot_be_copied(pool, way):
     with pytest.raises(TypeError, match="SimpleBufferPool cannot be copied or pickled"):
         way(pool)
-
-
-
 
 
 @pytest.mark.parametrize("stream", [None, "own"])
@@ -1056,7 +1046,6 @@ class Interrupted:
         return self.lock.__exit__(*exc)
 
 
-
 @pytest.mark.parametrize("where", ["lock", "set_hot"])
 def test_a_scope_whose_beginning_is_interrupted_is_closed(pool, monkeypatch, where):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -1076,8 +1065,6 @@ def test_a_scope_whose_beginning_is_interrupted_is_closed(pool, monkeypatch, whe
     pool.allocate(pinned(64)).release()
     assert not pool._store.watch.active
     assert pool._hot, "leases go past the lock again"
-
-
 
 
 def test_lost_memory_whose_report_is_interrupted_is_reclaimed(pool, monkeypatch):
