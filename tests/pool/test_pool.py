@@ -889,6 +889,8 @@ def test_scopes_nest_and_count_what_happens_inside(pool):
 
 
 def test_a_hit_and_its_release_take_no_lock(pool):
+    inside = pool._store
+
     class Forbidden:
         def __enter__(self):
             raise AssertionError("the hot path took the lock")
@@ -897,14 +899,14 @@ def test_a_hit_and_its_release_take_no_lock(pool):
 
     specs = [BufferSpec(8, "uint8", tier) for tier in Tier]
     pool.reserve(specs)
-    lock, pool._store.lock = pool._store.lock, Forbidden()
+    lock, inside.lock = inside.lock, Forbidden()
     try:
         for spec in specs * 3:
             pool.allocate(spec).release()
         with pytest.raises(AssertionError, match="took the lock"):
             pool.allocate(pinned(9))
     finally:
-        pool._store.lock = lock
+        inside.lock = lock
     assert pool.stats().exact_hits == 9
 
 
@@ -939,10 +941,11 @@ def test_the_event_ring_tells_the_story():
 
 
 def test_check_finds_what_is_wrong(pool):
+    inside = pool._store
     entries = [pool.allocate(pinned(8)) for _ in range(2)]
     blocks = [entry._held[0].block for entry in entries]
     entries[0].release()
-    shelf = pool._store.lists.by_key[pinned(8).line]
+    shelf = inside.lists.by_key[pinned(8).line]
 
     def twice():
         shelf.ready.append(shelf.ready[0])
@@ -953,20 +956,20 @@ def test_check_finds_what_is_wrong(pool):
         return lambda: setattr(blocks[1], "address", old)
 
     def account():
-        pool._store.ledger.reserved[Tier.PINNED] += 1
-        return lambda: pool._store.ledger.reserved.update({Tier.PINNED: 16})
+        inside.ledger.reserved[Tier.PINNED] += 1
+        return lambda: inside.ledger.reserved.update({Tier.PINNED: 16})
 
     def small():
         blocks[1].nbytes = 4
         return lambda: setattr(blocks[1], "nbytes", 8)
 
     def limit():
-        pool._store.ledger.max_pinned_bytes = 15
-        return lambda: setattr(pool._store.ledger, "max_pinned_bytes", None)
+        inside.ledger.max_pinned_bytes = 15
+        return lambda: setattr(inside.ledger, "max_pinned_bytes", None)
 
     def foreign():
-        del pool._store.blocks[blocks[0]]
-        return lambda: pool._store.blocks.__setitem__(blocks[0], None)
+        del inside.blocks[blocks[0]]
+        return lambda: inside.blocks.__setitem__(blocks[0], None)
 
     for damage in (twice, overlap, account, small, limit, foreign):
         repair = damage()
@@ -1048,22 +1051,23 @@ class Interrupted:
 
 @pytest.mark.parametrize("where", ["lock", "set_hot"])
 def test_a_scope_whose_beginning_is_interrupted_is_closed(pool, monkeypatch, where):
+    inside = pool._store
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if where == "lock":
-            patch.setattr(pool._store, "lock", Interrupted(pool._store.lock))
+            patch.setattr(inside, "lock", Interrupted(inside.lock))
         else:
-            set_hot, interrupts = pool._store.set_hot, [KeyboardInterrupt]
+            set_hot, interrupts = inside.set_hot, [KeyboardInterrupt]
 
             def set_hot_interrupted():
                 set_hot()
                 if interrupts:
                     raise interrupts.pop()
 
-            patch.setattr(pool._store, "set_hot", set_hot_interrupted)
+            patch.setattr(inside, "set_hot", set_hot_interrupted)
         with pool.statistics():
             pass
     pool.allocate(pinned(64)).release()
-    assert not pool._store.watch.active
+    assert not inside.watch.active
     assert pool._hot, "leases go past the lock again"
 
 
@@ -1080,10 +1084,11 @@ def test_lost_memory_whose_report_is_interrupted_is_reclaimed(pool, monkeypatch)
 def test_a_late_release_leaves_a_closed_pool_no_events(streams):
     _, one, _ = streams
     pool = SimpleBufferPool()
+    inside = pool._store
     entry = pool.allocate(pinned(64))
     pool.close()
     entry.release(stream=one)
-    assert not pool._store.fences.spare and not pool._store.blocks
+    assert not inside.fences.spare and not inside.blocks
 
 
 def test_a_class_hit_that_fails_puts_the_buffer_back_in_order(streams, monkeypatch):
@@ -1104,29 +1109,32 @@ def test_a_class_hit_that_fails_puts_the_buffer_back_in_order(streams, monkeypat
 def test_lost_memory_that_cannot_be_marked_is_reported_once(streams, monkeypatch, caplog):
     _, one, _ = streams
     with SimpleBufferPool() as pool:
+        inside = pool._store
         entry = pool.allocate(pinned(64), stream=one)
         del entry
         gc.collect()
         with monkeypatch.context() as patch:
-            patch.setattr(pool._store.fences, "behind", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
+            patch.setattr(inside.fences, "behind", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
             for _ in range(3):
                 assert pool.stats().lost == 1 and pool.stats().pending_count == 1
-        assert pool.stats().lost == 1 and len(pool._store.pending()) == 1 and len(caplog.records) == 1
+        assert pool.stats().lost == 1 and len(inside.pending()) == 1 and len(caplog.records) == 1
 
 
 def test_what_is_released_with_a_stream_after_the_end_is_freed(streams):
     _, one, _ = streams
     pool = SimpleBufferPool()
+    inside = pool._store
     entries = [pool.allocate(pinned(64)), pool.allocate(device(64), stream=one)]
     pool.close()
     for entry in entries:
         entry.release(stream=one)
-    assert pool._store.ledger.total == 0 and not pool._store.blocks, "a release frees, without anybody looking"
+    assert inside.ledger.total == 0 and not inside.blocks, "a release frees, without anybody looking"
     pool.check()
 
 
 def test_a_plain_release_that_races_with_the_close_frees(pool):
     """The close comes when the release has seen that the buffer may go straight back to its shelf."""
+    inside = pool._store
     entry = pool.allocate(pinned(64))
     block = entry._held[0].block
     home = block.home
@@ -1137,7 +1145,7 @@ def test_a_plain_release_that_races_with_the_close_frees(pool):
 
     block.home = closed_first
     entry.release()
-    assert pool._store.ledger.total == 0 and not pool._store.blocks, "freed without anybody looking"
+    assert inside.ledger.total == 0 and not inside.blocks, "freed without anybody looking"
     pool.check()
 
 
