@@ -9,6 +9,7 @@ and queueing a batch cost the host. Without a GPU only few and small batches are
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -92,7 +93,7 @@ def _ways(direction: str, nbytes: int, count: int, counts: Sequence[int], rivals
     moves = _moves(direction, nbytes, count)
     ways: list[Way] = []
     for blocks in counts:
-        mover = Mover(blocks=blocks)
+        mover = Mover(blocks=blocks, engine_bytes=1 << 62)  # no move goes to the copy engine
         ours = functools.partial(functools.partial, mover.run, moves)
         ways.append(("numbabuf: kernel", blocks, ours, mover.synchronize))
     mover = Mover()
@@ -155,7 +156,36 @@ def run(smoke: bool, *, repeats: int | None = None) -> dict[str, Any]:
         copies = [(i << 20, (1 << 45) + (i << 20), 4096) for i in range(count)]
         timing = harness.measure(lambda copies=copies: movers.table(copies), repeats=10 * repeats)  # type: ignore[misc]
         planning.append(harness.row(f"plan of {count} copies", timing))
-    return {"gpu": gpu, "machine": asdict(machine), "rows": rows, "planning": planning}
+    return {"gpu": gpu, "machine": asdict(machine), "rows": rows, "planning": planning, "numbers": numbers(rows)}
+
+
+def numbers(rows: list[dict[str, Any]]) -> dict[str, dict[str, int | None]]:
+    """What `HierarchicalBufferPool(move_blocks=, engine_bytes=)` would be given by these rows, for each direction.
+
+    The fewest blocks within 5 % of the fastest for the largest single move, and the least bytes from which on the copy
+    engine is faster at every size; None where there is no such size.
+    """
+    found: dict[str, dict[str, int | None]] = {}
+    for direction in DIRECTIONS:
+        alone = [row for row in rows if row.get("direction") == direction and row["count"] == 1 and "median_us" in row]
+        kernel: dict[int, dict[int, float]] = {}
+        engine: dict[int, float] = {}
+        for row in alone:
+            if row["way"] == "numbabuf: kernel":
+                kernel.setdefault(row["nbytes"], {})[row["blocks"]] = row["median_us"]
+            elif row["way"] == "copy engine":
+                engine[row["nbytes"]] = row["median_us"]
+        if not kernel:
+            continue
+        largest = kernel[max(kernel)]
+        least = None
+        for nbytes in sorted(kernel, reverse=True):
+            if engine.get(nbytes, math.inf) >= min(kernel[nbytes].values()):
+                break
+            least = nbytes
+        fewest = min(blocks for blocks, time in largest.items() if time <= 1.05 * min(largest.values()))
+        found[direction] = {"move_blocks": fewest, "engine_bytes": least}
+    return found
 
 
 COLUMNS = (*harness.COLUMNS[:-1], "blocks", "queue_us", "GB_per_s", "predicted_us", "to_predicted", "note")
@@ -166,5 +196,13 @@ def table(result: dict[str, Any]) -> str:
     note = "" if result["gpu"] else "no GPU: times of an interpreter and the host, which say nothing of a bus\n"
     return (
         f"{note}{_machine.describe(result['machine'])}\n{harness.render(result['rows'], COLUMNS)}\n\n"
-        f"{harness.render(result['planning'])}"
+        f"{harness.render(result['planning'])}\n\n{_advice(result['numbers'])}"
+    )
+
+
+def _advice(numbers: dict[str, dict[str, int | None]]) -> str:
+    """The numbers as text, as a pool takes them."""
+    return "\n".join(
+        f"{direction}: HierarchicalBufferPool(move_blocks={found['move_blocks']}, engine_bytes={found['engine_bytes']})"
+        for direction, found in numbers.items()
     )

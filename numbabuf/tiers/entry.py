@@ -100,7 +100,8 @@ class MovableEntry(BufferEntry):
         try:
             return self._held[0]
         except IndexError:
-            self._refuse("used")
+            self._alive("used")  # which says so
+            raise
 
     @ticket.setter
     def ticket(self, ticket: Ticket) -> None:
@@ -185,7 +186,8 @@ class MovableEntry(BufferEntry):
         try:
             return self._held.pop()
         except IndexError:
-            self._refuse("released")
+            self._alive("released")
+            raise
 
     def take_back(self, ticket: Ticket) -> None:
         """Go on with a lease whose end failed; not for users."""

@@ -17,9 +17,10 @@ from .. import _cuda
 from ..checks import whole_number
 from ..errors import ClosedError, TierFullError
 from ..pool.entry import BufferEntry
+from ..pool.oom import Ladder
 from ..pool.pool import SimpleBufferPool
 from ..pool.spec import BufferSpec, Tier, size_class
-from ..pool.stats import Frozen, PoolStats
+from ..pool.stats import Frozen, OomSteps, PoolStats
 from ..pool.store import known_stream
 from .entry import MovableEntry
 from .policies import Policy, make_policy
@@ -115,6 +116,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         if engine_bytes is not None:
             engine_bytes = whole_number("engine_bytes", engine_bytes, least=1)
         self._begin(TierStore(budgets, weakref.ref(self), events), on_oom)
+        self._oom = Ladder(self._store, on_oom)
         self._reserved: set[BufferSpec] = set()  # of earlier calls, as far as there are blocks of them
         self._latest: tuple[Any, Any] = None, None  # the stream of the latest use, and wrapped: 10 us
         self.policy = make_policy(policy, device_bytes)  # it takes the policy, and nothing fails from here on
@@ -207,7 +209,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         except Exception as error:  # it ends here, as in `TierStore.grow_or_free`
             if not _cuda.is_out_of_memory(error):
                 raise
-        return self._ladder.climb(spec, serve, self._demote)
+        return self._oom.climb(spec, serve, self._demote)
 
     def _serve(self, spec: BufferSpec, stream: _cuda.Stream | None, movable: bool) -> BufferEntry:
         """Lease a buffer in the first tier that it may be in where there is room or room can be made."""
@@ -240,7 +242,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 return self._residents.enlist(ticket, spec) if movable else BufferEntry(ticket)
             if again or not self._traffic.relieve(tier, spec.size_bytes):
                 break
-            self._ladder.counts["demote"] += 1
+            self._oom.counts["demote"] += 1
         return None
 
     def _demote(self, tier: Tier, nbytes: int) -> str | None:
@@ -426,7 +428,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._residents.sweep()
         base, store = super()._stats(), self._store
         shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-        shared["oom"] = dataclasses.replace(base.oom, trim=base.oom.trim + store.trims)
+        shared["oom"] = OomSteps(**self._oom.counts | {"trim": self._oom.counts["trim"] + store.trims})
         shared["allocations"] -= store.moves
         shared["allocated_bytes"] -= store.moves_bytes
         shared["exact_hits"] -= store.moves
