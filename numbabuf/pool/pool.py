@@ -18,6 +18,7 @@ from .. import _cuda
 from ..checks import whole_number
 from ..errors import CaptureError, TierFullError
 from ..resource import Resource
+from .audit import audit
 from .block import Ledger, Ticket, refuse_captured
 from .entry import BufferEntry
 from .oom import Ladder
@@ -507,7 +508,7 @@ class SimpleBufferPool(BufferPool):
         with contextlib.suppress(Exception):  # a faulted device: asked for work it says so, and this holds without it
             store.settle()
         idle = [ticket.block.nbytes for ticket in store.idle()]
-        pending = [block.nbytes for block in store.waiting()]
+        pending = [block.nbytes for block in store.deferred.all()]
         blocks = list(store.blocks)
         leases = [block.generation for block in blocks]
         reserved = store.ledger.total
@@ -599,7 +600,7 @@ class SimpleBufferPool(BufferPool):
         store = self._store
         if store.life is not None and store.life.ended:
             store.refuse_closed()
-        store.check(repr(self))
+        audit(store, repr(self))
 
     def _disown(self) -> None:
         """In a forked child: be closed, and leave the memory to the parent."""

@@ -17,6 +17,7 @@ from typing import Any
 from .. import _cuda
 from ..errors import CaptureError, ClosedError
 from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, refuse_foreign, same_memory
+from .deferred import Deferred, bound
 from .fence import Fence, Fences
 from .freelists import FreeLists
 from .spec import BufferSpec, Tier, size_class
@@ -85,8 +86,7 @@ class Store:
         self.past_leases = self.past_bytes = self.past_recasts = 0  # of blocks that were freed
         self.peak_count = 0
         self.device: int | None = None
-        self._deferred: deque[Ticket] = deque()  # oldest left
-        self._lost: deque[Alarm] = deque()  # those that went off
+        self.deferred = Deferred()
         self.set_hot()
 
     # ---------------------------------------------------------------------------------------------------- out and back
@@ -97,7 +97,7 @@ class Store:
         `bound`: a larger block has less than so many times the capacity of `spec`.
         """
         here = _cuda.open_capture()
-        ticket = None if here is None else self._take_captured(spec, stream, here.stream)
+        ticket = None if here is None else self.deferred.take_captured(spec, stream, here.stream)
         if ticket is None:
             ticket = self.lists.take(spec, stream, 1)
         if ticket is None:
@@ -111,29 +111,9 @@ class Store:
             ticket.block.become(spec)
         except BaseException:
             ticket.block.users = () if stream is None else (stream,)
-            self._deferred.append(ticket)
+            self.deferred.add(ticket)
             raise
         return ticket, "class_hit"
-
-    def _take_captured(self, spec: BufferSpec, stream: _cuda.Stream | None, captured: Any) -> Ticket | None:
-        """Take what was leased and released in captures of one stream, for another lease in such a capture. Lock held.
-
-        The graphs of one stream never run at once, so they share their temporaries; nobody else gets one while any of
-        those graphs lives.
-        """
-        if stream is not None and stream is not captured:
-            return None
-        for ticket in self._deferred:
-            block = ticket.block
-            if (
-                block.captured is captured and block.tier is spec.tier
-                and spec.size_bytes <= block.nbytes < 2 * size_class(max(1, spec.size_bytes))
-                and all(user is captured for user in block.users)
-            ):  # fmt: skip
-                self._deferred.remove(ticket)
-                block.users = ()
-                return ticket
-        return None
 
     def lease(self, ticket: Ticket, kind: str, stream: _cuda.Stream | None) -> None:
         """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
@@ -168,7 +148,7 @@ class Store:
                     block.add_user(stream)
             try:
                 for user in block.users:  # asked once: `put_back` takes it for known
-                    if user is stream or not _cuda.captures or not self._captured_by_us(user):
+                    if user is stream or not _cuda.captures or not _captured_by_us(user):
                         refuse_captured(user)
                 self.put_back(ticket, asked=True)
             except BaseException:
@@ -208,11 +188,6 @@ class Store:
         """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""
         if _cuda.device_count() > 1:
             refuse_foreign(stream, _cuda.device_id() if self.device is None else self.device)
-
-    @staticmethod
-    def _captured_by_us(stream: _cuda.Stream) -> bool:
-        """Whether numbabuf captures a stream, in whatever thread: what that graph reads is known, and stays."""
-        return any(capture.stream.handle == stream.handle for capture in list(_cuda.captures.values()))
 
     def flush(self) -> None:
         """Carry out the frees that Numba has put off on the device of the memory."""
@@ -255,31 +230,19 @@ class Store:
         try:
             self.put_back(ticket)
         except Exception:
-            self._deferred.append(ticket)
+            self.deferred.add(ticket)
         if not self._hot:
             self.watch.tell("release", ticket.block, lease=lease)
-
-    def _bound(self, block: Block, *, asked: bool = False) -> bool:
-        """Whether a graph or an open capture, of whatever thread, may still use a released block.
-
-        `asked`: its users are known to be captured by no thread but this one.
-        """
-        if block.pins and block.pinned_by_graph:
-            return True
-        if asked and block.captured is None and not _cuda.captures:
-            return False
-        users = block.users if block.captured is None else (*block.users, block.captured)
-        return any(not stream.closed and _cuda.is_capturing(stream) for stream in users)
 
     def put_back(self, ticket: Ticket, *, asked: bool = False) -> None:
         """Put a released block where its users and the captures allow; on an error it is nowhere. Lock held."""
         block = ticket.block
         here = _cuda.open_capture()
-        bound = here is not None or self._bound(block, asked=asked)
+        held = here is not None or bound(block, asked=asked)
         if here is None or block.captured is not here.stream:
             block.captured = None
-        if bound:
-            self._deferred.append(ticket)
+        if held:
+            self.deferred.add(ticket)
             return
         fence = self._fence(block)
         if fence is not None and self.closed:
@@ -289,7 +252,7 @@ class Store:
         if fence is None:
             self.go_home(ticket)
         elif block.tier is not Tier.DEVICE:  # the CPU writes it next, and no event can make that wait
-            self._deferred.append(ticket)
+            self.deferred.add(ticket)
         else:
             self.lists.by_key[block.line].fenced.setdefault(line_of(fence.last), deque()).append(ticket)
 
@@ -319,47 +282,27 @@ class Store:
 
         In a closed pool, home is the driver.
         """
-        if _cuda.capturing() or not (self._lost or self._deferred or self.closed):
+        if _cuda.capturing() or not (self.deferred or self.closed):
             return False
         with self.there():
             moved = self._reclaim()
-            busy: set[Any] = set()  # streams whose work comes to its fences in order, and is not there yet
-            for _ in range(len(self._deferred)):
-                ticket = self._deferred.popleft()
+            for ticket in self.deferred.free():
                 try:
-                    home = self._settle(ticket, busy)
+                    self.put_back(ticket)
                 except BaseException:
-                    self._deferred.append(ticket)
+                    self.deferred.add(ticket)
                     raise
-                moved |= home
-                if not home:
-                    self._deferred.append(ticket)
+                moved = True
             if self.closed:  # a plain release takes no lock, and may have come home behind the close
                 self.free_idle(self.ledger.total, tuple(Tier))
             return moved
 
-    def _settle(self, ticket: Ticket, busy: set[Any]) -> bool:
-        """Bring one deferred block home if nothing uses it any more; whether that was so. Lock held."""
-        block, fence = ticket.block, ticket.block.fence
-        if fence is None:
-            if self._bound(block):
-                return False
-            self.put_back(ticket)
-            return True
-        line = line_of(fence.last)
-        if line in busy or not fence.done():
-            busy.add(line)
-            return False
-        block.clean_at, block.fence = block.generation, None
-        self.go_home(ticket)
-        return True
-
     def _reclaim(self) -> bool:
         """Take back the blocks whose tickets died, and report each."""
         found = False
-        while self._lost:
-            block = self._lost.popleft().block
-            self._deferred.append(self._issue(block))  # first: the log is anybody's code; `settle` puts it back
+        while self.deferred.lost:
+            block = self.deferred.lost.popleft().block
+            self.deferred.add(self._issue(block))  # first: the log is anybody's code; `settle` puts it back
             found = True
             self.counts["lost"] += 1
             _log.warning(
@@ -372,9 +315,7 @@ class Store:
     def finish_pending(self) -> None:
         """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
         with self.there(), self.lock:
-            for ticket in self._deferred:
-                if ticket.block.fence is not None:
-                    ticket.block.fence.synchronize()
+            self.deferred.synchronize()
             self.settle()
 
     # ------------------------------------------------------------------------------------------- the driver and back
@@ -488,31 +429,28 @@ class Store:
     def free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
         """Free idle blocks until `nbytes` are freed or none is left. Lock held; no capture is open."""
         with self.there():
-            return self._free_idle(nbytes, tiers)
-
-    def _free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
-        freed, synchronised = 0, False
-        if self.blocks:
-            _cuda.require()
-            # Asked before anything is given up: where another library captures in this thread, the driver refuses
-            # this, and it would refuse the free as well, when Numba has forgotten the address already.
-            self.fences.default.query()
-        idle = self.lists.largest(tiers)
-        while freed < nbytes and (found := next(idle, None)) is not None:
-            ticket, line = found
-            block = ticket.block
-            try:
-                if block.fence is not None:
-                    block.fence.synchronize()
-                elif block.tier is Tier.DEVICE and not synchronised:
-                    self.fences.default.synchronize()
-                    synchronised = True
-            except BaseException:
-                line.appendleft(ticket)
-                raise
-            freed += block.nbytes
-            self.free(ticket)
-        return freed
+            freed, synchronised = 0, False
+            if self.blocks:
+                _cuda.require()
+                # Asked before anything is given up: where another library captures in this thread, the driver refuses
+                # this, and it would refuse the free as well, when Numba has forgotten the address already.
+                self.fences.default.query()
+            idle = self.lists.largest(tiers)
+            while freed < nbytes and (found := next(idle, None)) is not None:
+                ticket, line = found
+                block = ticket.block
+                try:
+                    if block.fence is not None:
+                        block.fence.synchronize()
+                    elif block.tier is Tier.DEVICE and not synchronised:
+                        self.fences.default.synchronize()
+                        synchronised = True
+                except BaseException:
+                    line.appendleft(ticket)
+                    raise
+                freed += block.nbytes
+                self.free(ticket)
+            return freed
 
     def free(self, ticket: Ticket) -> None:
         """Give a block back to the driver. Lock held."""
@@ -531,7 +469,7 @@ class Store:
     def _issue(self, block: Block) -> Ticket:
         """Make the one ticket of a block, and see to it that its loss is noticed."""
         ticket = Ticket(block)
-        self.blocks[block] = Alarm.watch(ticket, self._lost.append)
+        self.blocks[block] = Alarm.watch(ticket, self.deferred.lost.append)
         return ticket
 
     # ------------------------------------------------------------------------------------------- open, watched, closed
@@ -581,60 +519,6 @@ class Store:
         """Return all idle buffers. Lock held."""
         return self.lists.idle()
 
-    def pending(self) -> list[Block]:
-        """Return what is released and comes home when the work on it is done. Lock held."""
-        return [ticket.block for ticket in self._deferred if ticket.block.fence is not None]
-
-    def waiting(self) -> list[Block]:
-        """Return all that is released or lost and not idle yet. Lock held."""
-        return [ticket.block for ticket in self._deferred] + [alarm.block for alarm in self._lost]
-
-    def check(self, title: str) -> None:
-        """Assert what holds for all memory at any time; the text of a failure begins with what fails and `title`."""
-        with self.lock:
-            seen: dict[Block, str] = {}
-
-            def place(ticket: Ticket, where: str) -> None:
-                block = ticket.block
-                assert block in self.blocks, f"{block}, {where}, is not the pool's"
-                assert block not in seen, f"{block} is {seen[block]} and {where}"
-                seen[block] = where
-
-            try:
-                for key, free in self.lists.by_key.items():
-                    for ticket in list(free.ready):
-                        block = ticket.block
-                        place(ticket, "ready")
-                        assert block.line == key, f"{block} is on the free list {key}, not {block.line}"
-                        assert block.fence is None, f"{block} has a fence and is ready"
-                        assert not block.users, f"{block} has users and is ready"
-                        assert not block.pinned_by_graph, f"{block} is idle under a live graph"
-                    for line in free.fenced.values():
-                        for ticket in line:
-                            place(ticket, "fenced")
-                            assert ticket.block.fence is not None, f"{ticket.block} has no fence to wait for"
-                for ticket in self._deferred:
-                    place(ticket, "deferred")
-                self._check_account()
-            except AssertionError as error:
-                dump = "\n".join(f"  {block}: {seen.get(block, 'leased')}" for block in self.blocks)
-                raise AssertionError(f"{error}\n{title}\n{dump}") from None
-
-    def _check_account(self) -> None:
-        by_tier = dict.fromkeys(Tier, 0)
-        end = 0
-        for block in sorted(self.blocks, key=lambda block: block.address):
-            by_tier[block.tier] += block.nbytes
-            assert block.nbytes >= block.spec.size_bytes, f"{block} is smaller than its spec"
-            assert block.address >= end, f"{block} overlaps the block before it"
-            end = block.address + block.nbytes
-        ledger = self.ledger
-        assert by_tier == ledger.reserved, f"counted {by_tier}, account {ledger.reserved}"
-        assert ledger.total == sum(by_tier.values()), f"total {ledger.total} of {by_tier}"
-        for tier in Tier:
-            room = ledger.room(tier)
-            assert room is None or room >= 0, f"{tier.value} is {-(room or 0)} bytes over its limit"
-
     def abandon(self) -> None:
         """Cut the blocks' ties to this store; leased ones stay memory, and nobody will lease them again.
 
@@ -675,6 +559,11 @@ def refuse_foreign_capture(error: BaseException, what: str) -> None:
 
 
 _inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it
+
+
+def _captured_by_us(stream: _cuda.Stream) -> bool:
+    """Whether numbabuf captures a stream, in whatever thread: what that graph reads is known, and stays."""
+    return any(capture.stream.handle == stream.handle for capture in list(_cuda.captures.values()))
 
 
 def _add(tickets: list[Ticket], ticket: Ticket | None) -> bool:

@@ -174,7 +174,7 @@ class Residents:
                 assert id(ticket.block) not in seen, f"{ticket.block} is held twice"
                 seen.add(id(ticket.block))
         assert sum(self.counts().values()) == len(self._records), f"{self.counts()} of {len(self._records)}"
-        for block in (*(ticket.block for ticket in store.idle()), *store.waiting()):
+        for block in (*(ticket.block for ticket in store.idle()), *store.deferred.all()):
             assert id(block) not in seen, f"{block} is idle and held"
 
 

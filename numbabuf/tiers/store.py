@@ -100,7 +100,7 @@ class TierStore(Store):
     def make_room(self, tier: Tier, nbytes: int) -> int:
         """Free idle memory as in `Store`, and what moves have left behind, which the host waits for."""
         with self.lock:
-            if tier is not Tier.DEVICE and any(block.tier is tier for block in self.pending()):
+            if tier is not Tier.DEVICE and any(block.tier is tier for block in self.deferred.pending()):
                 self.finish_pending()
         return super().make_room(tier, nbytes)
 
@@ -108,7 +108,7 @@ class TierStore(Store):
         """Return the bytes that can be had in a tier without moving anything, or by waiting for what is `pending`."""
         blocks = [ticket.block for ticket in self.idle()]
         if pending:
-            blocks += self.pending()
+            blocks += self.deferred.pending()
         room = self.ledger.room(tier)
         assert room is not None
         return room + sum(block.nbytes for block in blocks if block.tier is tier)

@@ -154,7 +154,7 @@ class Traffic:
         self._residents.sweep()
         store.settle()
         idle = sum(ticket.block.nbytes for ticket in store.idle() if ticket.block.tier is tier)
-        pending = sum(block.nbytes for block in store.pending() if block.tier is tier)
+        pending = sum(block.nbytes for block in store.deferred.pending() if block.tier is tier)
         missing = store.ledger.reserved[tier] - nbytes - idle - pending
         if missing > 0:
             self._give_way(tier, missing)

@@ -1117,7 +1117,7 @@ def test_lost_memory_that_cannot_be_marked_is_reported_once(streams, monkeypatch
             patch.setattr(inside.fences, "behind", lambda _: (_ for _ in ()).throw(RuntimeError("lost")))
             for _ in range(3):
                 assert pool.stats().lost == 1 and pool.stats().pending_count == 1
-        assert pool.stats().lost == 1 and len(inside.pending()) == 1 and len(caplog.records) == 1
+        assert pool.stats().lost == 1 and len(inside.deferred.pending()) == 1 and len(caplog.records) == 1
 
 
 def test_what_is_released_with_a_stream_after_the_end_is_freed(streams):

@@ -686,7 +686,7 @@ def test_memory_that_cannot_be_marked_is_taken_back_later(make, stream, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(pool._store, "put_back", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
         pool.demote([entry])
-        assert entry.tier is Tier.PINNED and len(pool._store.waiting()) == 1
+        assert entry.tier is Tier.PINNED and len(pool._store.deferred.all()) == 1
         pool.check()
     stream.synchronize()
     assert pool.allocate(spec(4096), movable=True).tier is Tier.DEVICE, "the parked memory came home"
