@@ -74,12 +74,12 @@ def test_an_interrupt_anywhere(name):
         leased = world.pool.stats().in_use_count
         where = interrupt(lambda world=world: quietly(act, world), at)
         m = world.m
-        assert not m._shared.inside() and m._shared.capturing.thread is None, where
-        assert not _cuda.captures, where
-        lease = m._shared.lease
+        assert m._shared.capturing.thread is None and not _cuda.captures, where
+        lease = m._lease
         if lease is not None and lease.open:  # it was on its way to the with block that would have ended it
             lease.discard()
         try:
+            m.check()  # which a lock left taken would refuse
             for step in (world.good, lambda world=world: act(world), world.good):
                 quietly(step)
         except Exception as error:
