@@ -171,7 +171,7 @@ class DemandModel(Shown):
                 self.learner.observe(self._index(size))
 
     def claim(self, owner: object) -> None:
-        """Make the model `owner`'s, until `let_go`, or until there is no owner any more.
+        """Make the model `owner`'s, until `let_go`, or until the owner is gone.
 
         Raises
         ------

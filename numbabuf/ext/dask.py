@@ -232,7 +232,7 @@ def worker_manager(name: str = "numbabuf") -> WorkerManager:
     Raises
     ------
     ValueError
-        This is no task of a Dask worker.
+        The caller is not a task of a Dask worker.
     LookupError
         The worker has no manager of that name.
 

@@ -67,7 +67,7 @@ class PredictiveBufferManager(InputBufferManager):
     misses alone.
     Threads: `prewarm` may run in any thread, `start` runs it in one of its own. Other threads go on stepping: a capture
     uses its own stream in thread-local mode and holds the manager's lock only to begin and to put the graph in service.
-    While a capture is open, a pool grows in no thread: reserve what steps lease.
+    Programs: what is said here is about the manager's own calls; a further program gets a `Prewarmer` of its own.
 
     Examples
     --------

@@ -324,7 +324,7 @@ class Prewarmer(Resource):
     def prediction(self) -> PredictionStats:
         """Return one snapshot of how the predictions did."""
         scores, stats = self._learning.scores(), self.program.stats()
-        self._stock.settle()
+        self._stock.refresh()
         return PredictionStats(
             hits=scores.hits,
             misses=scores.misses,

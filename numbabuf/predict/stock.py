@@ -57,7 +57,7 @@ class Stock:
 
     # ------------------------------------------------------------------------------------------------ what is there
 
-    def settle(self) -> tuple[CapturedSize, ...]:
+    def refresh(self) -> tuple[CapturedSize, ...]:
         """See which graphs are there still; return all of the program's that are in service."""
         # What was made is read first, or a graph would be missing that another thread makes meanwhile:
         #     1: asks for a snapshot, and reads which graphs the program has
@@ -71,7 +71,7 @@ class Stock:
             for number in made:
                 if number in there:
                     self._see(there[number])
-                elif number in self._made:  # not yet settled by another thread
+                elif number in self._made:  # another thread has not counted it yet
                     self._unused += not self._used(self._made.pop(number), ran)
             self._ran = max(self._ran, ran, key=lambda steps: sum(steps.values()))
         return captured
@@ -89,7 +89,7 @@ class Stock:
     def present(self) -> list[CapturedSize]:
         """Return the graphs in service of any number of tokens and all there is of the further axes."""
         full = [choices[-1] for choices in self._program.layout.buckets[1:]]
-        return [graph for graph in self.settle() if list(graph.sizes.values())[1:] == full]
+        return [graph for graph in self.refresh() if list(graph.sizes.values())[1:] == full]
 
     def _spare(self, keep: tuple[int, ...]) -> list[CapturedSize]:
         """Return the graphs of other sizes than `keep`, but the largest: what was served stays served."""
@@ -97,7 +97,7 @@ class Stock:
 
     def nbytes(self, *, leaving: bool = True) -> int:
         """Return the bytes of the graphs; without `leaving`, once those out of service are destroyed."""
-        there = set(self._made) if leaving else {graph.number for graph in self.settle()}
+        there = set(self._made) if leaving else {graph.number for graph in self.refresh()}
         return sum(graph.nbytes for graph in list(self._made.values()) if graph.number in there)
 
     def unused(self) -> int:
@@ -109,7 +109,7 @@ class Stock:
         most = self._budgets.prewarm_bytes
         if most is None:
             return True
-        self.settle()
+        self.refresh()
         largest = max((graph.nbytes for graph in list(self._made.values())), default=0)
         return self.nbytes(leaving=leaving) + self._reserved() + largest <= most
 
@@ -135,7 +135,7 @@ class Stock:
         try:
             graph = program.capture(size, wait=False)  # one that is waited for may wait for what this thread does
             most = self._budgets.prewarm_bytes
-            self.settle()
+            self.refresh()
             if most is not None and self.nbytes() + self._reserved() + graph.nbytes > most:
                 self._too_large = fn, plan.sizes
                 program.drop(graph.sizes)  # destroyed as soon as that is allowed
@@ -185,4 +185,4 @@ class Stock:
         with contextlib.suppress(GraphMissingError):  # another thread was sooner
             self._program.drop(graph.sizes)
             self.closings += 1
-        self.settle()
+        self.refresh()
