@@ -27,6 +27,8 @@ from ..step.stats import ManagerStats
 if TYPE_CHECKING:
     from distributed import Worker, WorkerPlugin
 
+    from ..step.program import Program
+
 __all__ = ["KEY", "LAST_TASK_S", "Held", "WorkerStats", "call", "pack", "plugin", "plugin_class"]
 
 _log = logging.getLogger("numbabuf")
@@ -76,8 +78,9 @@ class Held:
             if size > 0:
                 own.append((clock(), size))
 
-        def observe(size: int, program: Any) -> None:
-            note(size)
+        def observe(size: int, program: Program) -> None:
+            if program.name == "main":  # what is shared is the demand on the manager's own calls
+                note(size)
             if before is not None:
                 before(size, program)
 

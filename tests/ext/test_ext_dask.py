@@ -79,6 +79,14 @@ def test_own_steps_are_kept_apart(held):
     assert sorted(size for _, size in held.manager.demand.seen) == [7] + [40] * 10
 
 
+def test_steps_of_further_programs_are_not_shared(held):
+    with held.manager.program(lambda step: None) as program:
+        program.capture_buckets([8])
+        program.replay({"input_ids": np.arange(5)}, 5)
+        replay(held.manager, 3)
+    assert [size for _, size in DemandModel(**held.own_demand()).seen] == [3]
+
+
 def test_a_refused_step_is_shared_and_survives_the_exchange():
     def small(pool):
         manager = PredictiveBufferManager(pool, 1, CAPACITY, max_graphs=3, demand=DemandModel(window=256))
