@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .. import _cuda
-from .block import same_stream
+from .block import Block, same_stream
+from .spec import Tier
 
 __all__ = ["Fence", "Fences"]
 
@@ -125,6 +126,14 @@ class Fences:
                     self.spare.append(event)
             waited = True
         self.waits += waited
+
+    def clean(self, blocks: Iterable[Block]) -> None:
+        """Wait for the default stream where it may still use one of `blocks`: any stream may have them then."""
+        unsure = [block for block in blocks if block.tier is Tier.DEVICE and not block.clean]
+        if unsure:
+            self.default.synchronize()
+        for block in unsure:
+            block.clean_at = block.generation
 
     def _record(self, stream: Any) -> Any:
         """Return an event recorded on `stream`."""

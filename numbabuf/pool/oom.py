@@ -96,7 +96,7 @@ class Ladder:
         raise TierFullError(self._account(spec, report, last))
 
     def _reap(self, tier: Tier, nbytes: int) -> str:
-        with self._store.step("allocate"):
+        with self._store.turns.step("allocate"):
             return "buffers came home" if self._store.settle() else "nothing had finished"
 
     def _trim(self, tier: Tier, nbytes: int) -> str:
@@ -104,12 +104,12 @@ class Ladder:
 
     def _collect(self, tier: Tier, nbytes: int) -> str:
         gc.collect()
-        with self._store.step("allocate"):
+        with self._store.turns.step("allocate"):
             found = self._store.settle()
         return f"{'lost buffers found, ' if found else ''}{self._trim(tier, nbytes)}"
 
     def _flush(self, tier: Tier, nbytes: int) -> str:
-        self._store.flush()
+        self._store.turns.flush()
         return "the frees that Numba had put off are carried out"
 
     @property

@@ -24,7 +24,8 @@ from .entry import BufferEntry
 from .oom import Ladder
 from .spec import BufferSpec, Tier, as_code
 from .stats import Frozen, OomSteps, PoolStats, Scope
-from .store import Store, known_stream, refuse_foreign_capture
+from .store import Store, known_stream, refuse_capture
+from .turns import refuse_foreign_capture
 
 __all__ = ["BufferPool", "Limits", "SimpleBufferPool"]
 
@@ -182,7 +183,7 @@ class SimpleBufferPool(BufferPool):
     @property
     def device(self) -> int | None:  # type: ignore[override]
         """Ordinal of the device that the pool's memory is on; None before the first is allocated."""
-        return self._store.device
+        return self._store.turns.device
 
     @property
     def closed(self) -> bool:  # type: ignore[override]
@@ -315,11 +316,11 @@ class SimpleBufferPool(BufferPool):
         store = self._store
         store.turns.refuse_mine(self, "allocate")
         try:
-            with store.there(), store.lock:
+            with store.turns.there(), store.lock:
                 store.turns.do_late()
                 store.refuse_closed()
                 if stream is not None:
-                    store.refuse_elsewhere(stream)
+                    store.turns.refuse_elsewhere(stream)
                     refuse_captured(stream)
                 ticket, kind = store.find(spec, stream)
                 if ticket is None:
@@ -336,7 +337,7 @@ class SimpleBufferPool(BufferPool):
 
     def _step(self, what: str) -> contextlib.AbstractContextManager[None]:
         """One step of the pool, a call from outside; BusyError where this thread is in the middle of one already."""
-        return self._store.step(what)
+        return self._store.turns.step(what)
 
     # ------------------------------------------------------------------------------------------ memory, back and ahead
 
@@ -372,7 +373,7 @@ class SimpleBufferPool(BufferPool):
     def _reserve(self, wanted: list[BufferSpec]) -> None:
         refused = self._store.reserve(wanted)
         if refused:
-            self._store.flush()
+            self._store.turns.flush()
             raise TierFullError(
                 f"{len(refused)} of {len(wanted)} buffers do not fit, and none was reserved: {_listed(refused)}. "
                 f"Free memory, raise the limit or reserve less; {self!r}"
@@ -403,7 +404,7 @@ class SimpleBufferPool(BufferPool):
         max_bytes = whole_number("max_bytes", max_bytes)
         store = self._store
         with self._step("trim"):
-            store.refuse_capture("trim")
+            refuse_capture("trim")
             store.settle()
             freed = 0
             for tier in Tier:
@@ -411,7 +412,7 @@ class SimpleBufferPool(BufferPool):
                 if excess > 0:
                     freed += store.free_idle(excess, (tier,))
             if freed:
-                store.flush()
+                store.turns.flush()
         return freed
 
     def clear(self) -> None:
@@ -435,12 +436,12 @@ class SimpleBufferPool(BufferPool):
             This thread captures, which forbids freeing.
         """
         with self._step("close"):
-            self._store.refuse_capture("close")
+            refuse_capture("close")
             self._close()
 
     def _close(self) -> None:
         if self._store.close("the pool is closed: make a new one, or allocate before close()"):
-            self._store.flush()
+            self._store.turns.flush()
 
     # --------------------------------------------------------------------------------------------------------- limits
 
@@ -480,10 +481,10 @@ class SimpleBufferPool(BufferPool):
             store.refuse_closed()
             ledger = store.ledger
             if nbytes is not None and ledger.taken(tier) > nbytes:
-                store.refuse_capture("a lower limit")
+                refuse_capture("a lower limit")
                 store.settle()
                 store.free_idle(ledger.taken(tier) - nbytes, ledger.sharing(tier))
-                store.flush()
+                store.turns.flush()
                 if ledger.taken(tier) > nbytes:
                     raise TierFullError(
                         f"{nbytes} bytes are too few for {tier.value} memory: {ledger.taken(tier)} are in use or under "

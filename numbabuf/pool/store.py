@@ -6,25 +6,24 @@ raises, and `oom` decides what to free. Sits above `freelists`, below `oom` and 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from .. import _cuda
 from ..errors import CaptureError, ClosedError
-from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, refuse_foreign, same_memory
+from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, same_memory
 from .deferred import Deferred, bound
 from .fence import Fence, Fences
 from .freelists import FreeLists
 from .spec import BufferSpec, Tier, size_class
 from .stats import Watch, caller
-from .turns import Turns
+from .turns import Turns, refuse_foreign_capture
 
-__all__ = ["Store", "known_stream", "refuse_foreign_capture"]
+__all__ = ["Store", "known_stream", "refuse_capture"]
 
 _log = logging.getLogger("numbabuf")
 
@@ -51,8 +50,6 @@ class Store:
         Why there are no leases any more; empty while there are.
     blocks : dict of Block to Alarm
         All there are.
-    device : int or None
-        What they are on: the device that was current when the first was made.
     life : Lifetime or None
         That of the context they are in.
     counts : dict of str to int
@@ -76,7 +73,7 @@ class Store:
 
     def _begin(self, ledger: Ledger) -> None:
         """Start without any memory."""
-        self.turns = Turns()
+        self.turns = Turns(self._owner)
         self.lock = self.turns.lock
         self.ledger = ledger
         self.fences = Fences()
@@ -85,7 +82,6 @@ class Store:
         self.counts = dict.fromkeys(("misses", "lost", "freed"), 0)
         self.past_leases = self.past_bytes = self.past_recasts = 0  # of blocks that were freed
         self.peak_count = 0
-        self.device: int | None = None
         self.deferred = Deferred()
         self.set_hot()
 
@@ -139,11 +135,11 @@ class Store:
     def release(self, ticket: Ticket, stream: Any) -> None:
         """End a lease, whose last work is on `stream`; on an error it goes on as before."""
         block = ticket.block
-        with self.there(), self.lock:
+        with self.turns.there(), self.lock:
             self.turns.do_late()
             users = block.users
             if stream is not None:
-                self.refuse_elsewhere(stream)
+                self.turns.refuse_elsewhere(stream)
                 if users != (stream,):
                     block.add_user(stream)
             try:
@@ -157,43 +153,6 @@ class Store:
             if not self._hot:
                 self.watch.tell("release", block)
 
-    @contextlib.contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """One step of the pool, a call from outside: the lock held, and the device of the memory current.
-
-        Raises
-        ------
-        BusyError
-            This thread is in the middle of a step already.
-        CaptureError
-            The driver refuses the step, as another library captures in this thread.
-        """
-        turns = self.turns
-        turns.refuse_mine(self._owner(), what)
-        with self.there(), self.lock:
-            try:
-                turns.do_late()
-                yield
-            except Exception as error:
-                refuse_foreign_capture(error, what)
-                raise
-            finally:
-                turns.do_late()
-
-    def there(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
-        return contextlib.nullcontext() if self.device is None else _cuda.on_device(self.device)
-
-    def refuse_elsewhere(self, stream: _cuda.Stream) -> None:
-        """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""
-        if _cuda.device_count() > 1:
-            refuse_foreign(stream, _cuda.device_id() if self.device is None else self.device)
-
-    def flush(self) -> None:
-        """Carry out the frees that Numba has put off on the device of the memory."""
-        with self.there():
-            _cuda.flush_pending_frees()
-
     def take_back(self, ticket: Ticket, stream: _cuda.StreamLike | None) -> str:
         """End a lease that is not plain, for its entry; return where, in debug mode."""
         wrapped = None if stream is None else known_stream(stream)
@@ -202,7 +161,7 @@ class Store:
         #   collector: runs a finaliser, which releases an entry
         #   release: would add to what the close goes through. It is put off to the end of the close.
         if self.turns.mine():
-            self.turns.later(functools.partial(self.release_late, ticket, wrapped))
+            self.turns.later(functools.partial(self.retire, ticket, lease=True, stream=wrapped))
         else:
             self.release(ticket, wrapped)
         return caller() if self.watch.debug else ""
@@ -211,28 +170,30 @@ class Store:
         """A plain release may have met with the close of the pool, and then came home unseen."""
         self.turns.later(self.settle)
         if not self.turns.mine():
-            with self.there(), self.lock:
+            with self.turns.there(), self.lock:
                 self.turns.do_late()
 
-    def release_late(self, ticket: Ticket, stream: _cuda.Stream | None) -> None:
-        """End a lease that was ended in the middle of a step, when that step has ended. Lock held."""
-        with self.there():
-            if stream is not None:
-                ticket.block.add_user(stream)
-            self.retire(ticket, lease=True)
-
-    def retire(self, ticket: Ticket, *, lease: bool = False) -> None:
+    def retire(self, ticket: Ticket, *, lease: bool = False, stream: _cuda.Stream | None = None) -> None:
         """Give up memory without fail: what takes no fence now is tried again later. Lock held.
 
-        `lease`: it was a user's, not what a move took.
+        Parameters
+        ----------
+        lease
+            Whether it was a user's, not what a move took.
+        stream
+            A further user.
         """
-        ticket.block.plain = False
-        try:
-            self.put_back(ticket)
-        except Exception:
-            self.deferred.add(ticket)
+        block = ticket.block
+        block.plain = False
+        with self.turns.there():
+            if stream is not None:
+                block.add_user(stream)
+            try:
+                self.put_back(ticket)
+            except Exception:
+                self.deferred.add(ticket)
         if not self._hot:
-            self.watch.tell("release", ticket.block, lease=lease)
+            self.watch.tell("release", block, lease=lease)
 
     def put_back(self, ticket: Ticket, *, asked: bool = False) -> None:
         """Put a released block where its users and the captures allow; on an error it is nowhere. Lock held."""
@@ -284,7 +245,7 @@ class Store:
         """
         if _cuda.capturing() or not (self.deferred or self.closed):
             return False
-        with self.there():
+        with self.turns.there():
             moved = self._reclaim()
             for ticket in self.deferred.free():
                 try:
@@ -314,7 +275,7 @@ class Store:
 
     def finish_pending(self) -> None:
         """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
-        with self.there(), self.lock:
+        with self.turns.there(), self.lock:
             self.deferred.synchronize()
             self.settle()
 
@@ -334,7 +295,7 @@ class Store:
         nbytes = size_class(exact)
         with self.lock:
             self.refuse_closed()
-            self.device = _cuda.one_device(self.device, self._owner())
+            self.turns.device = _cuda.one_device(self.turns.device, self._owner())
             self.life = _cuda.lifetime()
             self.life.holders.add(self)
             room = self.ledger.room(spec.tier)
@@ -357,27 +318,23 @@ class Store:
             self.tell("grow", block)
             return ticket
 
-    def try_to_grow(self, spec: BufferSpec) -> Ticket | None:
-        """Grow; None where there is no room.
-
-        The error that says so ends here. One that is kept in a local of a frame that it passed through makes a cycle,
-        error -> traceback -> frame, and the memory of freed blocks then lives until the collector runs.
-        """
-        try:
-            return self.grow(spec)
-        except Exception as error:
-            if not _cuda.is_out_of_memory(error):
-                raise
-        return None
-
     def grow_or_trim(self, spec: BufferSpec) -> Ticket | None:
-        """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
-        found = self.try_to_grow(spec)
-        if found is None:
-            self.make_room(spec.tier, max(1, spec.size_bytes))
-            self.flush()
-            found = self.try_to_grow(spec)
-        return found
+        """Grow; where there is no room, free idle memory and try again. None where there is no room even so.
+
+        Idle memory is worth less than what is asked for.
+        """
+        for again in (True, False):
+            try:
+                return self.grow(spec)
+            # The error ends here. One that is kept in a local of a frame that it passed through makes a cycle,
+            # error -> traceback -> frame, and the memory of freed blocks then lives until the collector runs.
+            except Exception as error:
+                if not _cuda.is_out_of_memory(error):
+                    raise
+            if again:
+                self.make_room(spec.tier, max(1, spec.size_bytes))
+                self.turns.flush()
+        return None
 
     def reserve(self, specs: list[BufferSpec]) -> list[BufferSpec]:
         """Have an idle buffer for each of `specs`, free for any stream; return those that do not fit.
@@ -391,25 +348,17 @@ class Store:
             with self.lock:
                 self.settle()
                 missing = [spec for spec in specs if not _add(held, self.lists.pop_ready(spec))]
-            self._clean([ticket.block for ticket in held])
+            with self.turns.there():
+                self.fences.clean([ticket.block for ticket in held])
             refused = [spec for spec in missing if not _add(made, self.grow_or_trim(spec))]
             whole = not refused
         finally:
-            with self.there(), self.lock:
+            with self.turns.there(), self.lock:
                 for ticket in held + made * whole:
                     self.go_home(ticket)
                 for ticket in made * (not whole):
                     self.free(ticket)
         return refused
-
-    def _clean(self, blocks: list[Block]) -> None:
-        """Wait for the default stream where it may still use one of `blocks`: any stream may have them then."""
-        unsure = [block for block in blocks if block.tier is Tier.DEVICE and not block.clean]
-        if unsure:
-            with self.there():
-                self.fences.default.synchronize()
-            for block in unsure:
-                block.clean_at = block.generation
 
     def make_room(self, tier: Tier, nbytes: int) -> int:
         """Free idle memory to make room in a tier: what its limit lacks, or all there if it is the driver that is full.
@@ -423,12 +372,12 @@ class Store:
             else:
                 freed = self.free_idle(self.ledger.total, same_memory(tier))
         if freed:
-            self.flush()
+            self.turns.flush()
         return freed
 
     def free_idle(self, nbytes: int, tiers: tuple[Tier, ...]) -> int:
         """Free idle blocks until `nbytes` are freed or none is left. Lock held; no capture is open."""
-        with self.there():
+        with self.turns.there():
             freed, synchronised = 0, False
             if self.blocks:
                 _cuda.require()
@@ -492,7 +441,7 @@ class Store:
 
     def close(self, reason: str) -> int:
         """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
-        with self.there(), self.lock:
+        with self.turns.there(), self.lock:
             self.settle()
             before = self.ledger.total
             self.closed = self.closed or reason
@@ -506,12 +455,6 @@ class Store:
         """Raise ClosedError if the pool is closed."""
         if self.closed:
             raise ClosedError(self.closed)
-
-    @staticmethod
-    def refuse_capture(what: str) -> None:
-        """Raise CaptureError if this thread has a capture open."""
-        if _cuda.capturing():
-            raise CaptureError(f"{what} frees memory, which a capture forbids: call it before or after the capture")
 
     # ------------------------------------------------------------------------------------------------------- looking on
 
@@ -549,15 +492,6 @@ class Store:
         self._begin(Ledger(None, None))
 
 
-def refuse_foreign_capture(error: BaseException, what: str) -> None:
-    """Raise CaptureError if `error` is the driver's refusal of `what` in a thread that another library captures in."""
-    if _cuda.is_capture_error(error):
-        raise CaptureError(
-            f"{what} needs the driver, which refuses it while another library captures a graph in this thread; that "
-            "graph may have been ended by it: call it before or after that capture"
-        ) from error
-
-
 _inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it
 
 
@@ -571,6 +505,12 @@ def _add(tickets: list[Ticket], ticket: Ticket | None) -> bool:
     if ticket is not None:
         tickets.append(ticket)
     return ticket is not None
+
+
+def refuse_capture(what: str) -> None:
+    """Raise CaptureError if this thread has a capture open."""
+    if _cuda.capturing():
+        raise CaptureError(f"{what} frees memory, which a capture forbids: call it before or after the capture")
 
 
 def known_stream(stream: _cuda.StreamLike) -> _cuda.Stream:

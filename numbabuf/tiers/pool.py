@@ -21,7 +21,7 @@ from ..pool.oom import Ladder
 from ..pool.pool import SimpleBufferPool
 from ..pool.spec import BufferSpec, Tier, size_class
 from ..pool.stats import Frozen, OomSteps, PoolStats
-from ..pool.store import known_stream
+from ..pool.store import known_stream, refuse_capture
 from .entry import MovableEntry
 from .policies import Policy, make_policy
 from .residents import Residents, refuse_bound, refuse_used
@@ -139,7 +139,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
     def _step(self, what: str) -> contextlib.AbstractContextManager[None]:
         """As in `SimpleBufferPool`; ClosedError after the end of the context."""
         self._refuse_ended()
-        return self._store.step(what)
+        return self._store.turns.step(what)
 
     # -------------------------------------------------------------------------------------------------------- limits
 
@@ -151,7 +151,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         with self._step("limits"):
             store.refuse_closed()
             if store.ledger.reserved[tier] > nbytes:
-                store.refuse_capture("a lower limit")
+                refuse_capture("a lower limit")
                 self._traffic.shrink(tier, nbytes)
             store.ledger.set_limit(tier, nbytes)
             if tier is Tier.DEVICE:
@@ -217,7 +217,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         with self._step("allocate"):
             store.refuse_closed()
             if stream is not None:
-                store.refuse_elsewhere(stream)
+                store.turns.refuse_elsewhere(stream)
             self._residents.sweep()
             reasons: list[str] = []
             for tier in (spec.tier, *below(spec.tier)) if movable and not _cuda.capturing() else (spec.tier,):
@@ -322,7 +322,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         down, buffers coming up.
         """
         chosen = self._mine(entries)
-        _cuda.one_device(self._store.device, self)  # the caller's work is for the device that is current
+        _cuda.one_device(self._store.turns.device, self)  # the caller's work is for the device that is current
         given, wrapped = self._latest
         if stream is None or stream is not given or wrapped.closed:
             wrapped = _stream_of(stream)

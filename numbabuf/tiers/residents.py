@@ -117,7 +117,7 @@ class Residents:
         elif stream is None and entry.ticket.block.plain and entry.record.copy is None:
             store.turns.run(self._end, entry, None)  # the driver is asked for nothing
         else:
-            with store.step("release"):
+            with store.turns.step("release"):
                 self._end(entry, stream)
         return caller() if store.watch.debug else ""
 

@@ -75,7 +75,7 @@ class Traffic:
     def mover(self) -> Mover:
         """What moves, made at the first need."""
         if self._made is None:
-            with self._store.lock, _cuda.on_device(self._store.device):
+            with self._store.lock, _cuda.on_device(self._store.turns.device):
                 if self._made is None:
                     self._made = Mover(blocks=self._blocks, engine_bytes=self._engine_bytes, fences=self._store.fences)
         return self._made

@@ -56,7 +56,7 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
     def __enter__(self) -> list[Any]:
         if self._thread:
             raise BusyError("a use was entered twice: call pool.use() for each")
-        with self._store.step("use"):
+        with self._store.turns.step("use"):
             self._store.refuse_closed()
             self._begin()
         return [entry.ticket.block.device_view() for entry in self._entries]
@@ -94,7 +94,7 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
         elif store.turns.mine():  # ended by a finaliser
             store.turns.later(self._end)
         else:
-            with store.there():
+            with store.turns.there():
                 store.turns.run(self._end)
 
     def _end(self) -> None:
