@@ -1,35 +1,28 @@
-"""Raw blocks of memory, one driver allocation each, and the account of bytes with its limits.
+"""Raw blocks of memory, one driver allocation each, and the right to use one.
 
 A block is plain bytes; typed arrays are views over it, made once per spec. It also carries what the pool must know to
-hand it on: who may still use it, and whether a live graph does. Knows no pool. Sits above `_cuda`, below `entry`.
+hand it on: who may still use it, and whether a live graph does. Knows no pool. Sits above `pins`, below `entry`.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .. import _cuda
-from ..errors import BackendError, CaptureError, ClosedError, TierFullError
+from ..errors import BackendError, CaptureError, ClosedError
+from .pins import Pin, register
 from .spec import BufferSpec, Tier, line_key
 
 __all__ = [
-    "Alarm", "Block", "Ledger", "Ticket", "line_of", "refuse_captured", "refuse_foreign", "same_memory", "same_stream",
+    "Alarm", "Block", "Ticket", "line_of", "refuse_captured", "refuse_foreign", "same_stream",
 ]  # fmt: skip
 
 _MAX_VIEWS = 16
 """Typed views remembered per block; a block that serves more specs than this forgets them all and begins anew."""
-
-
-class Pin:
-    """What a graph holds on to while it reads or writes a block; the block cannot be recycled before it is gone."""
-
-    __slots__ = ("__weakref__",)
 
 
 class Block:
@@ -111,7 +104,7 @@ class Block:
         self.life = _cuda.lifetime()
         self.site = ""
         self.become(spec)
-        _register(self)
+        register(self)
 
     def become(self, spec: BufferSpec) -> None:
         """Take the shape and type of `spec`, whose bytes fit."""
@@ -268,140 +261,3 @@ class Alarm(weakref.ref):  # type: ignore[type-arg]
         alarm = cls(ticket.token, off)
         alarm.block = ticket.block
         return alarm
-
-
-def same_memory(tier: Tier) -> tuple[Tier, ...]:
-    """Return the tiers that take room in one physical memory with `tier`: managed pages migrate to the card."""
-    return (Tier.PINNED,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
-
-
-class Ledger:
-    """Bytes reserved by tier, within limits. The caller holds a lock; nothing here calls the driver.
-
-    Parameters
-    ----------
-    max_bytes
-        Limit of device and managed memory together (managed pages take room on the card too), or None.
-    max_pinned_bytes
-        Limit of pinned memory, or None.
-    """
-
-    def __init__(self, max_bytes: int | None, max_pinned_bytes: int | None) -> None:
-        self.max_bytes = max_bytes
-        self.max_pinned_bytes = max_pinned_bytes
-        self.reserved = dict.fromkeys(Tier, 0)
-        """Bytes that the driver has given."""
-        self.promised = dict.fromkeys(Tier, 0)
-        """Bytes that the driver is being asked for; they count against the limit too."""
-        self.total = 0
-        """Sum of `reserved`."""
-        self.peak = 0
-
-    def limit(self, tier: Tier) -> int | None:
-        """Return the limit that `tier` counts against."""
-        return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
-
-    def set_limit(self, tier: Tier, nbytes: int | None) -> None:
-        """Change the limit that `tier` counts against; the caller has seen to it that what is reserved fits."""
-        if tier is Tier.PINNED:
-            self.max_pinned_bytes = nbytes
-        else:
-            self.max_bytes = nbytes
-
-    def taken(self, tier: Tier) -> int:
-        """Return the bytes reserved and promised that count against the limit of `tier`."""
-        return sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
-
-    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
-        """Return the tiers that count against one limit with `tier`, itself included."""
-        return same_memory(tier)
-
-    def room(self, tier: Tier) -> int | None:
-        """Return the bytes that may still be asked for, None where there is no limit."""
-        limit = self.limit(tier)
-        if limit is None:
-            return None
-        return limit - self.taken(tier)
-
-    def promise(self, tier: Tier, nbytes: int) -> None:
-        """Set `nbytes` aside before the driver is asked; raise TierFullError, with nothing changed, without room."""
-        room = self.room(tier)
-        if room is not None and nbytes > room:
-            raise TierFullError(f"{nbytes} bytes of {tier.value} memory do not fit the limit of {self.limit(tier)}")
-        self.promised[tier] += nbytes
-
-    def withdraw(self, tier: Tier, nbytes: int) -> None:
-        """Take a promise back: the driver refused."""
-        self.promised[tier] -= nbytes
-
-    def keep(self, tier: Tier, nbytes: int) -> None:
-        """Turn a promise into bytes reserved: the driver gave them."""
-        self.promised[tier] -= nbytes
-        self.reserved[tier] += nbytes
-        self.total += nbytes
-        self.peak = max(self.peak, self.total)
-
-    def give_back(self, tier: Tier, nbytes: int) -> None:
-        """Count bytes as returned to the driver."""
-        self.reserved[tier] -= nbytes
-        self.total -= nbytes
-
-
-# ------------------------------------------------------------------------------------------------- who is under a graph
-
-# No lock here: a capture looks up its operands, and a finaliser that the collector runs in the middle of that may wait
-# for a pool's lock, whose holder may be registering a block.
-registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
-_sorted: list[list[int]] = []  # the addresses in order, once somebody asked; each block that comes begins another
-
-
-def _register(block: Block) -> None:
-    global _sorted
-    registry[block.address] = block
-    _sorted = []  # not emptied: who is sorting the addresses just now, without this one, has the list before
-
-
-def _block_at(address: int) -> Block | None:
-    """Return the block that an address lies in."""
-    known = _sorted
-    if not known:
-        known.append(sorted(ref.key for ref in registry.valuerefs()))  # type: ignore[attr-defined]
-    place = bisect_right(known[0], address)
-    block = registry.get(known[0][place - 1]) if place else None
-    return block if block is not None and address < block.address + block.nbytes else None
-
-
-def _blocks_of(operand: Any) -> Iterator[Block]:
-    """Yield the blocks that an operand of a capture lies in; the operand is an array or a tuple of arguments."""
-    if isinstance(operand, (tuple, list)):
-        for part in operand:
-            yield from _blocks_of(part)
-        return
-    if isinstance(operand, np.generic):  # a scalar goes by value, for all that it offers __array_interface__
-        return
-    if hasattr(type(operand), "address"):  # a BufferEntry
-        address = operand.address
-    elif hasattr(operand, "__cuda_array_interface__") or hasattr(operand, "__array_interface__"):
-        address = _cuda.address(operand)
-    else:
-        return
-    block = _block_at(address)
-    if block is not None:
-        yield block
-
-
-def pin_operand(operand: Any) -> list[Pin]:
-    """Pin the blocks under an operand; a graph keeps the pins, and with them the blocks, until it is closed."""
-    pins, thread = [], threading.get_ident()
-    for block in _blocks_of(operand):
-        known = block.pins.get(thread)
-        pin = None if known is None else known()
-        if pin is None:
-            pin = Pin()
-            block.pins[thread] = weakref.ref(pin)
-        block.plain = False  # from here on a release takes the way that looks at the pin
-        pins.append(pin)
-    return pins
-
-
-_cuda.watch_operands(pin_operand)

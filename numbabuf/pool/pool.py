@@ -19,7 +19,8 @@ from ..checks import whole_number
 from ..errors import CaptureError, TierFullError
 from ..resource import Resource
 from .audit import audit
-from .block import Ledger, Ticket, refuse_captured
+from .block import Ticket, refuse_captured
+from .budget import Ledger
 from .entry import BufferEntry
 from .oom import Ladder
 from .spec import BufferSpec, Tier, as_code

@@ -15,7 +15,8 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import CaptureError, ClosedError
-from .block import Alarm, Block, Ledger, Ticket, line_of, refuse_captured, same_memory
+from .block import Alarm, Block, Ticket, line_of, refuse_captured
+from .budget import Ledger, same_memory
 from .deferred import Deferred, bound
 from .fence import Fence, Fences
 from .freelists import FreeLists

@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import TierFullError
-from ..pool.block import Ledger, Ticket
+from ..pool.block import Ticket
+from ..pool.budget import Ledger
 from ..pool.spec import BufferSpec, Tier
 from ..pool.store import Store
 

@@ -12,8 +12,9 @@ from hypothesis import given
 
 from numbabuf import _cuda
 from numbabuf.errors import TierFullError
-from numbabuf.pool import block as memory
-from numbabuf.pool.block import Alarm, Block, Ledger, Ticket
+from numbabuf.pool import pins as graph_pins
+from numbabuf.pool.block import Alarm, Block, Ticket
+from numbabuf.pool.budget import Ledger
 from numbabuf.pool.spec import EXACT_ABOVE, BufferSpec, Tier, size_class
 
 
@@ -150,10 +151,10 @@ def test_without_limits_there_is_always_room():
 def test_an_operand_pins_the_block_it_lies_in(tier):
     blocks = [Block(BufferSpec(64, "uint8", tier), 64) for _ in range(5)]
     nested = (3, [blocks[2].device_view()[60:], None], "text", blocks[4].device_view())
-    pins = memory.pin_operand(nested)
+    pins = graph_pins.pin_operand(nested)
     assert [block.pinned_by_graph for block in blocks] == [False, False, True, False, True]
     assert [block.plain for block in blocks] == [True, True, False, True, False]
-    again = memory.pin_operand(blocks[2].array)
+    again = graph_pins.pin_operand(blocks[2].array)
     assert again == [pins[0]]
     del again, pins
     assert not any(block.pinned_by_graph for block in blocks)
@@ -161,18 +162,18 @@ def test_an_operand_pins_the_block_it_lies_in(tier):
 
 def test_foreign_arrays_pin_nothing():
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
-    assert memory.pin_operand((np.zeros(4), _cuda.empty_device(16), object(), 7)) == []
+    assert graph_pins.pin_operand((np.zeros(4), _cuda.empty_device(16), object(), 7)) == []
     assert not block.pinned_by_graph
 
 
 def test_dead_blocks_are_forgotten():
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
     array, address = block.array, block.address
-    memory.pin_operand(array)
-    assert address in memory.registry
+    graph_pins.pin_operand(array)
+    assert address in graph_pins.registry
     del block
-    assert address not in memory.registry
-    assert memory.pin_operand(array) == []
+    assert address not in graph_pins.registry
+    assert graph_pins.pin_operand(array) == []
 
 
 def test_blocks_made_by_many_threads_are_all_known():
@@ -186,7 +187,7 @@ def test_blocks_made_by_many_threads_are_all_known():
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(len(memory.pin_operand(block.array)) == 1 for block in blocks)
+    assert all(len(graph_pins.pin_operand(block.array)) == 1 for block in blocks)
 
 
 def test_a_finaliser_may_wait_for_a_pool_in_the_middle_of_a_look_up(monkeypatch):
@@ -208,8 +209,8 @@ def test_a_finaliser_may_wait_for_a_pool_in_the_middle_of_a_look_up(monkeypatch)
     other = threading.Thread(target=grow)
     other.start()
     assert taken.wait(60)
-    monkeypatch.setattr(memory, "bisect_right", collected)
-    pins = memory.pin_operand(block.array)
+    monkeypatch.setattr(graph_pins, "bisect_right", collected)
+    pins = graph_pins.pin_operand(block.array)
     other.join(60)
     assert came == [True] and len(pins) == 1
 
@@ -224,24 +225,24 @@ def test_a_block_registered_while_the_addresses_are_sorted_is_known(monkeypatch)
         return found
 
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
-    monkeypatch.setattr(memory, "sorted", sorted_late, raising=False)
-    assert len(memory.pin_operand(block.array)) == len(memory.pin_operand(made[0].array)) == 1
+    monkeypatch.setattr(graph_pins, "sorted", sorted_late, raising=False)
+    assert len(graph_pins.pin_operand(block.array)) == len(graph_pins.pin_operand(made[0].array)) == 1
 
 
 @pytest.mark.parametrize("last", ["mine", "others"])
 def test_a_block_that_two_captures_pin_at_once_stays_pinned_by_both(monkeypatch, last):
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
-    others, Pin = [], memory.Pin
+    others, Pin = [], graph_pins.Pin
 
     def between():
         if threading.current_thread() is threading.main_thread():
-            other = threading.Thread(target=lambda: others.extend(memory.pin_operand(block.array)))
+            other = threading.Thread(target=lambda: others.extend(graph_pins.pin_operand(block.array)))
             other.start()
             other.join()
         return Pin()
 
-    monkeypatch.setattr(memory, "Pin", between)
-    mine = memory.pin_operand(block.array)
+    monkeypatch.setattr(graph_pins, "Pin", between)
+    mine = graph_pins.pin_operand(block.array)
     first, second = (mine, others) if last == "others" else (others, mine)
     first.clear()
     assert block.pinned_by_graph

@@ -1,0 +1,85 @@
+"""The account of a pool's bytes, by tier, within its limits. Calls no driver. Sits above `spec`, below `store`."""
+
+from __future__ import annotations
+
+from ..errors import TierFullError
+from .spec import Tier
+
+__all__ = ["Ledger", "same_memory"]
+
+
+def same_memory(tier: Tier) -> tuple[Tier, ...]:
+    """Return the tiers that take room in one physical memory with `tier`: managed pages migrate to the card."""
+    return (Tier.PINNED,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
+
+
+class Ledger:
+    """Bytes reserved by tier, within limits. The caller holds a lock; nothing here calls the driver.
+
+    Parameters
+    ----------
+    max_bytes
+        Limit of device and managed memory together (managed pages take room on the card too), or None.
+    max_pinned_bytes
+        Limit of pinned memory, or None.
+    """
+
+    def __init__(self, max_bytes: int | None, max_pinned_bytes: int | None) -> None:
+        self.max_bytes = max_bytes
+        self.max_pinned_bytes = max_pinned_bytes
+        self.reserved = dict.fromkeys(Tier, 0)
+        """Bytes that the driver has given."""
+        self.promised = dict.fromkeys(Tier, 0)
+        """Bytes that the driver is being asked for; they count against the limit too."""
+        self.total = 0
+        """Sum of `reserved`."""
+        self.peak = 0
+
+    def limit(self, tier: Tier) -> int | None:
+        """Return the limit that `tier` counts against."""
+        return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
+
+    def set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        """Change the limit that `tier` counts against; the caller has seen to it that what is reserved fits."""
+        if tier is Tier.PINNED:
+            self.max_pinned_bytes = nbytes
+        else:
+            self.max_bytes = nbytes
+
+    def taken(self, tier: Tier) -> int:
+        """Return the bytes reserved and promised that count against the limit of `tier`."""
+        return sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
+
+    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
+        """Return the tiers that count against one limit with `tier`, itself included."""
+        return same_memory(tier)
+
+    def room(self, tier: Tier) -> int | None:
+        """Return the bytes that may still be asked for, None where there is no limit."""
+        limit = self.limit(tier)
+        if limit is None:
+            return None
+        return limit - self.taken(tier)
+
+    def promise(self, tier: Tier, nbytes: int) -> None:
+        """Set `nbytes` aside before the driver is asked; raise TierFullError, with nothing changed, without room."""
+        room = self.room(tier)
+        if room is not None and nbytes > room:
+            raise TierFullError(f"{nbytes} bytes of {tier.value} memory do not fit the limit of {self.limit(tier)}")
+        self.promised[tier] += nbytes
+
+    def withdraw(self, tier: Tier, nbytes: int) -> None:
+        """Take a promise back: the driver refused."""
+        self.promised[tier] -= nbytes
+
+    def keep(self, tier: Tier, nbytes: int) -> None:
+        """Turn a promise into bytes reserved: the driver gave them."""
+        self.promised[tier] -= nbytes
+        self.reserved[tier] += nbytes
+        self.total += nbytes
+        self.peak = max(self.peak, self.total)
+
+    def give_back(self, tier: Tier, nbytes: int) -> None:
+        """Count bytes as returned to the driver."""
+        self.reserved[tier] -= nbytes
+        self.total -= nbytes
