@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -65,14 +66,16 @@ class History:
 
     def allocate(self):
         spec, stream = self.spec(), self.streams[self.random.integers(3)]
-        before, waits = set(self.blocks()), self.calls("cuStreamWaitEvent")
+        # Blocks, not addresses: room may be made by freeing one, and its address is the new one's at once.
+        before, waits = weakref.WeakSet(self.blocks().values()), self.calls("cuStreamWaitEvent")
         try:
             entry = self.pool.allocate(spec, stream=stream)
         except TierFullError:
             return
         self.counted["stream_waits"] += self.calls("cuStreamWaitEvent") > waits
         key = (entry.address, spec.tier)
-        kind = "misses" if key not in before else "exact_hits" if self.last[key] == spec else "class_hits"
+        known = self.blocks()[key] in before
+        kind = "misses" if not known else "exact_hits" if self.last[key] == spec else "class_hits"
         self.counted[kind] += 1
         self.counted["allocations"] += 1
         self.counted["allocated_bytes"] += self.blocks()[key].nbytes
@@ -93,12 +96,12 @@ class History:
         self.pool.trim(int(self.random.integers(LIMIT)))
 
     def reserve(self):
-        before = set(self.blocks())
+        before = weakref.WeakSet(self.blocks().values())
         wanted = [self.spec() for _ in range(2)]
         with contextlib.suppress(TierFullError):
             self.pool.reserve(wanted)
         for key, block in self.blocks().items():
-            if key not in before:
+            if block not in before:
                 self.last[key] = block.spec
 
     def limit(self):
