@@ -113,7 +113,7 @@ class PoolStats(Shown):
     exact_hits: int
     """Leases served by an idle buffer of the same spec."""
     class_hits: int
-    """Leases served by an idle buffer of another spec of the same size class."""
+    """Leases served by an idle buffer of another spec, of the same capacity or less than twice that."""
     misses: int
     """Leases that needed the driver."""
     stream_waits: int
