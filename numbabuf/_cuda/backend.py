@@ -18,8 +18,10 @@ from .thread import Lifetime
 __all__ = [
     "Backend",
     "DeviceArray",
+    "Devices",
     "Event",
     "Graph",
+    "Memory",
     "NumbaStream",
     "Stream",
     "StreamLike",
@@ -170,30 +172,8 @@ _Event = Event
 _Graph = Graph
 
 
-class Backend(Protocol):
-    """What a backend offers."""
-
-    @property
-    def PER_THREAD(self) -> bool:
-        """Whether the default stream is each thread's own (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM=1)."""
-
-    @property
-    def Stream(self) -> type[_Stream]:
-        """The backend's stream."""
-
-    @property
-    def Event(self) -> Callable[..., _Event]:
-        """The backend's event; made on that device, None for the current one."""
-
-    @property
-    def Graph(self) -> Callable[..., _Graph]:
-        """The backend's graph, of what `OpenCapture.finish` returned and of the operands."""
-
-    @property
-    def Recorder(self) -> Callable[..., OpenCapture]:
-        """The backend's open capture, of a stream, and dry or not; see `numbabuf._cuda.Capture`."""
-
-    # ------------------------------------------------------------------------------------------- devices and contexts
+class Devices(Protocol):
+    """What a backend knows of devices and contexts, and of the errors of both."""
 
     def require(self) -> None:
         """Make the device usable from this thread, once per thread.
@@ -231,7 +211,18 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Block the host until all work on the device is done, that of destroyed streams included."""
 
-    # --------------------------------------------------------------------------------------------------------- memory
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Return whether `error` is the driver's or the host's word for no memory left."""
+
+    def is_capture_error(self, error: BaseException) -> bool:
+        """Return whether `error` is the driver's refusal of something that a capture forbids."""
+
+    def is_context_error(self, error: BaseException) -> bool:
+        """Return whether `error` is the driver's word for no context in this thread, or one that is gone."""
+
+
+class Memory(Protocol):
+    """How a backend makes memory, and shows it to kernels and to other libraries."""
 
     def empty_device(self, nbytes: int) -> DeviceArray:
         """Allocate `nbytes` > 0 of device memory: a Numba device array of uint8. Contents are undefined."""
@@ -304,18 +295,29 @@ class Backend(Protocol):
     def flush_pending_frees(self) -> None:
         """Carry out the frees that Numba has put off. Not during a capture: it calls cuMemFree."""
 
-    # --------------------------------------------------------------------------------------------------------- errors
 
-    def is_out_of_memory(self, error: BaseException) -> bool:
-        """Return whether `error` is the driver's or the host's word for no memory left."""
+class Backend(Devices, Memory, Protocol):
+    """What a backend offers."""
 
-    def is_capture_error(self, error: BaseException) -> bool:
-        """Return whether `error` is the driver's refusal of something that a capture forbids."""
+    @property
+    def PER_THREAD(self) -> bool:
+        """Whether the default stream is each thread's own (CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM=1)."""
 
-    def is_context_error(self, error: BaseException) -> bool:
-        """Return whether `error` is the driver's word for no context in this thread, or one that is gone."""
+    @property
+    def Stream(self) -> type[_Stream]:
+        """The backend's stream."""
 
-    # ------------------------------------------------------------------------------------------- streams and launches
+    @property
+    def Event(self) -> Callable[..., _Event]:
+        """The backend's event; made on that device, None for the current one."""
+
+    @property
+    def Graph(self) -> Callable[..., _Graph]:
+        """The backend's graph, of what `OpenCapture.finish` returned and of the operands."""
+
+    @property
+    def Recorder(self) -> Callable[..., OpenCapture]:
+        """The backend's open capture, of a stream, and dry or not; see `numbabuf._cuda.Capture`."""
 
     def new_stream(self) -> _Stream:
         """Return a new non-blocking stream."""
