@@ -1,7 +1,7 @@
 """A set of copies between blocks, made into a table and run as one launch, on a stream of its own.
 
-Knows addresses and streams, not why something moves: `hierarchy` decides that, and swaps what its entries hold once a
-batch is queued. Sits above `pool`, below `hierarchy`.
+Knows addresses and streams, not why something moves: `traffic` decides that, and swaps what its entries hold once a
+batch is queued. Sits above the pool room, below `traffic`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which buffers deserve device memory: small policies over one contract, and a cache without memory to judge them by.
 
 A policy knows keys, sizes and the order of uses; it knows no buffers, no tiers and no clock but its own count of uses.
-Whoever asks it holds a lock. Pure Python: no device is needed. Sits above `errors`, below `hierarchy`.
+Its caller holds a lock. Pure Python: no device is needed. Sits below `residents`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def move_seconds(nbytes: int) -> float:
 
 
 class Policy(ABC):
-    """The contract: told of every use, it says who goes first and who may come in.
+    """The contract: told of every use, it says what goes first and what may come in.
 
     A subclass gives each key a rank, higher for what should stay; a rank changes with a use of its key only.
 
