@@ -6,15 +6,17 @@ Pure: it knows keys and bytes, no buffers and no memory, and changes nothing. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 __all__ = ["Plan", "plan"]
 
 _K = TypeVar("_K", bound=Hashable)
 
 
-class Plan(NamedTuple, Generic[_K]):
+@dataclass(frozen=True)
+class Plan(Generic[_K]):
     """What `plan` decided, each in the order of the question."""
 
     evict: list[_K]
