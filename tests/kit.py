@@ -6,11 +6,13 @@ No host code here may use `cuda`: the simulator replaces a kernel module's `cuda
 import functools
 import gc
 import os
+import pkgutil
 import warnings
 from collections import Counter
 
 import numpy as np
 
+import numbabuf
 from numbabuf import BufferSpec, InputBufferManager, _cuda
 from numbabuf._cuda import cuda
 
@@ -193,3 +195,11 @@ class Log:
 def bucket_of(tokens):
     """The bucket of `Log` that a step of `tokens` is padded to."""
     return next(size for size in BUCKETS if size >= tokens)
+
+
+def modules():
+    """Name every module of the package that can be imported with the required packages alone."""
+    names = [found.name for found in pkgutil.walk_packages(numbabuf.__path__, "numbabuf.")]
+    running = "numbabuf.__main__"  # importing it is running it
+    compiled = "numbabuf._cuda.intrinsics"  # needs numba-cuda
+    return [name for name in names if name not in (running, compiled)]

@@ -6,14 +6,12 @@ A block of the README stands alone. Where a line of it prints and ends in a comm
 import doctest
 import importlib
 import pathlib
-import pkgutil
 import re
 import runpy
 import textwrap
 
+import kit
 import pytest
-
-import numbabuf
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,11 +22,7 @@ _FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#]+)")
 
 BLOCKS = _BLOCK.findall(README)
-MODULES = [
-    name
-    for _, name, _ in pkgutil.walk_packages(numbabuf.__path__, "numbabuf.")
-    if not name.endswith("__main__")  # importing that one is running it
-]
+MODULES = kit.modules()
 
 
 def run_block(block, folder):

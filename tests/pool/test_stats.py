@@ -4,14 +4,13 @@ import copy
 import dataclasses
 import importlib
 import pickle
-import pkgutil
 
 import hypothesis.strategies as st
+import kit
 import numpy as np
 import pytest
 from hypothesis import given
 
-import numbabuf
 from numbabuf import HierarchicalBufferPool, InputBufferManager, PredictiveBufferManager, SimpleBufferPool
 from numbabuf.pool.spec import BufferSpec, Tier
 from numbabuf.pool.stats import EVENT_DTYPE, EventRing, Frozen, OomSteps, PoolStats, Scope
@@ -46,8 +45,7 @@ def snapshots():
 
 def kinds():
     """The dataclasses of the package that are snapshots."""
-    names = [m.name for m in pkgutil.walk_packages(numbabuf.__path__, "numbabuf.") if not m.name.endswith("__main__")]
-    values = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    values = [value for name in kit.modules() for value in vars(importlib.import_module(name)).values()]
     classes = {value for value in values if isinstance(value, type) and dataclasses.is_dataclass(value)}
     return {c for c in classes if c.__name__.endswith(("Stats", "Steps"))}
 
