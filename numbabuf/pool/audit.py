@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .block import Block, Ticket
+from .block import Block, Handle
 from .spec import Tier
 from .store import Store
 
@@ -23,25 +23,25 @@ def audit(store: Store, title: str) -> None:
 def _places(store: Store, seen: dict[Block, str]) -> None:
     """Assert that each block is in one place, and fit for it; note in `seen` where."""
 
-    def place(ticket: Ticket, where: str) -> Block:
-        block = ticket.block
+    def place(handle: Handle, where: str) -> Block:
+        block = handle.block
         assert block in store.blocks, f"{block}, {where}, is not the pool's"
         assert block not in seen, f"{block} is {seen[block]} and {where}"
         seen[block] = where
         return block
 
     for key, free in store.lists.by_key.items():
-        for ticket in list(free.ready):
-            block = place(ticket, "ready")
+        for handle in list(free.ready):
+            block = place(handle, "ready")
             assert block.line == key, f"{block} is on the free list {key}, not {block.line}"
             assert block.fence is None, f"{block} has a fence and is ready"
             assert not block.users, f"{block} has users and is ready"
             assert not block.pinned_by_graph, f"{block} is idle under a live graph"
         for line in free.fenced.values():
-            for ticket in line:
-                assert place(ticket, "fenced").fence is not None, f"{ticket.block} has no fence to wait for"
-    for ticket in store.deferred.tickets:
-        place(ticket, "deferred")
+            for handle in line:
+                assert place(handle, "fenced").fence is not None, f"{handle.block} has no fence to wait for"
+    for handle in store.deferred.handles:
+        place(handle, "deferred")
 
 
 def _account(store: Store) -> None:

@@ -1,7 +1,8 @@
 """Raw blocks of memory, one driver allocation each, and the right to use one.
 
 A block is plain bytes; typed arrays are views over it, made once per spec. It also carries what the pool must know to
-hand it on: who may still use it, and whether a live graph does. Knows no pool. Sits above `pins`, below `entry`.
+hand it on: which streams may still use it, and whether a live graph does. Knows no pool. Sits above `pins`, below
+`entry`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .pins import Pin, register
 from .spec import BufferSpec, Tier, line_key
 
 __all__ = [
-    "Alarm", "Block", "Ticket", "line_of", "refuse_captured", "refuse_foreign", "same_stream",
+    "Alarm", "Block", "Handle", "line_of", "refuse_captured", "refuse_foreign", "same_stream",
 ]  # fmt: skip
 
 _MAX_VIEWS = 16
@@ -42,7 +43,7 @@ class Block:
     line : int
         The key of the free list of its capacity.
     home
-        Puts the block's ticket on that free list: the append method of its ready line.
+        Puts the block's handle on that free list: the append method of its ready line.
     plain : bool
         Whether a release may put the block straight back: nothing is known but "leased by one owner, no queued work".
     generation : int
@@ -226,10 +227,10 @@ def line_of(stream: _cuda.Stream) -> object:
     return stream.handle if stream.thread is None else stream.thread
 
 
-class Ticket:
-    """The right to a block; there is one per block, held by a free list of the pool or by the one who leased it.
+class Handle:
+    """The right to a block; there is one per block, held by a free list of the pool or by a lease.
 
-    The pool keeps no other reference to a ticket in somebody's hands, so a ticket that dies there was lost.
+    The pool keeps no other reference to a handle that is leased, so a handle that dies there was lost.
     """
 
     __slots__ = ("token", "block")
@@ -240,14 +241,14 @@ class Ticket:
 
 
 class Alarm(weakref.ref):  # type: ignore[type-arg]
-    """Goes off when a ticket dies: its owner was dropped without a release.
+    """Goes off when a handle dies: its owner was dropped without a release.
 
     All it does is to append itself to a deque, in C. That takes no lock, as it must not: the collector may come in the
     middle of any call, one that holds the pool's lock included, in the same thread.
 
-    A finaliser of the ticket would not do. In a dead cycle the collector runs all finalisers before it drops anything:
-    the ticket's, too, where another finaliser of that cycle is about to release the entry, or has just released it, so
-    that the ticket is on its free list, or leased anew. A NumPy array is none of the collector's business; it dies with
+    A finaliser of the handle would not do. In a dead cycle the collector runs all finalisers before it drops anything:
+    the handle's, too, where another finaliser of that cycle is about to release the entry, or has just released it, so
+    that the handle is on its free list, or leased anew. A NumPy array is none of the collector's business; it dies with
     the last reference to it, and only then.
     """
 
@@ -256,8 +257,8 @@ class Alarm(weakref.ref):  # type: ignore[type-arg]
     block: Block
 
     @classmethod
-    def watch(cls, ticket: Ticket, off: Any) -> Alarm:
-        """Have `off` called with the alarm when `ticket` dies, as long as the alarm is kept."""
-        alarm = cls(ticket.token, off)
-        alarm.block = ticket.block
+    def watch(cls, handle: Handle, off: Any) -> Alarm:
+        """Have `off` called with the alarm when `handle` dies, as long as the alarm is kept."""
+        alarm = cls(handle.token, off)
+        alarm.block = handle.block
         return alarm

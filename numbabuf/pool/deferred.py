@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .. import _cuda
-from .block import Alarm, Block, Ticket, line_of
+from .block import Alarm, Block, Handle, line_of
 from .spec import BufferSpec, size_class
 
 __all__ = ["Deferred", "bound"]
@@ -34,10 +34,10 @@ class Deferred:
 
     Attributes
     ----------
-    tickets : deque of Ticket
+    handles : deque of Handle
         Those that were released, the oldest left.
     lost : deque of Alarm
-        Those whose tickets died, and that are not reported yet.
+        Those whose handles died, and that are not reported yet.
 
     Notes
     -----
@@ -45,14 +45,14 @@ class Deferred:
     """
 
     def __init__(self) -> None:
-        self.tickets: deque[Ticket] = deque()
+        self.handles: deque[Handle] = deque()
         self.lost: deque[Alarm] = deque()
-        self.add = self.tickets.append
+        self.add = self.handles.append
 
     def __bool__(self) -> bool:
-        return bool(self.tickets or self.lost)
+        return bool(self.handles or self.lost)
 
-    def take_captured(self, spec: BufferSpec, stream: _cuda.Stream | None, captured: Any) -> Ticket | None:
+    def take_captured(self, spec: BufferSpec, stream: _cuda.Stream | None, captured: Any) -> Handle | None:
         """Take what was leased and released in captures of one stream, for another lease in such a capture.
 
         The graphs of one stream never run at once, so they share their temporaries; no other lease gets one while any
@@ -60,32 +60,32 @@ class Deferred:
         """
         if stream is not None and stream is not captured:
             return None
-        for ticket in self.tickets:
-            block = ticket.block
+        for handle in self.handles:
+            block = handle.block
             if (
                 block.captured is captured and block.tier is spec.tier
                 and spec.size_bytes <= block.nbytes < 2 * size_class(max(1, spec.size_bytes))
                 and all(user is captured for user in block.users)
             ):  # fmt: skip
-                self.tickets.remove(ticket)
+                self.handles.remove(handle)
                 block.users = ()
-                return ticket
+                return handle
         return None
 
-    def free(self) -> Iterator[Ticket]:
+    def free(self) -> Iterator[Handle]:
         """Take out, one after the other, what nothing uses any more; the caller puts each where it belongs."""
         busy: set[Any] = set()  # streams whose work comes to its fences in order, and is not there yet
-        for _ in range(len(self.tickets)):
-            ticket = self.tickets.popleft()
+        for _ in range(len(self.handles)):
+            handle = self.handles.popleft()
             try:
-                free = self._is_free(ticket.block, busy)
+                free = self._is_free(handle.block, busy)
             except BaseException:
-                self.add(ticket)
+                self.add(handle)
                 raise
             if free:
-                yield ticket
+                yield handle
             else:
-                self.add(ticket)
+                self.add(handle)
 
     @staticmethod
     def _is_free(block: Block, busy: set[Any]) -> bool:
@@ -100,14 +100,14 @@ class Deferred:
 
     def synchronize(self) -> None:
         """Block the host until every fence is reached."""
-        for ticket in self.tickets:
-            if ticket.block.fence is not None:
-                ticket.block.fence.synchronize()
+        for handle in self.handles:
+            if handle.block.fence is not None:
+                handle.block.fence.synchronize()
 
     def pending(self) -> list[Block]:
-        """Return what comes home when the work on it is done."""
-        return [ticket.block for ticket in self.tickets if ticket.block.fence is not None]
+        """Return what is waiting for the work on it."""
+        return [handle.block for handle in self.handles if handle.block.fence is not None]
 
     def all(self) -> list[Block]:
         """Return all that is released or lost and not idle yet."""
-        return [ticket.block for ticket in self.tickets] + [alarm.block for alarm in self.lost]
+        return [handle.block for handle in self.handles] + [alarm.block for alarm in self.lost]

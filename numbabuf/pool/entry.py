@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from .. import _cuda
 from ..errors import StaleBufferError
 from ..resource import Shown
-from .block import Block, Ticket
+from .block import Block, Handle
 from .spec import BufferSpec, BufferState, Tier, is_bfloat16
 
 __all__ = ["BufferEntry"]
@@ -33,7 +33,7 @@ class BufferEntry(Shown):
         The buffer with the spec's shape and dtype: a NumPy array for the tiers that the CPU reads (pinned, managed), a
         Numba device array in device memory (there bfloat16, which Numba cannot type, appears as uint16). New contents
         are undefined. After the release the attribute raises StaleBufferError; an array taken from it before stays
-        valid memory as long as it is referenced, but may be somebody else's.
+        valid memory as long as it is referenced, but may be another lease's.
     use_count : int
         Number of `mark_in_use` calls in this lease.
     last_used : float or None
@@ -72,10 +72,10 @@ class BufferEntry(Shown):
     _state: BufferState
     _site: str
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, handle: Handle) -> None:
         # Hot path, guarded by benchmarks/pool.py: what has a default is left unset, see __getattr__.
-        self._held = [ticket]
-        self.spec = ticket.block.spec
+        self._held = [handle]
+        self.spec = handle.block.spec
 
     def release(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """End the lease.
@@ -102,31 +102,31 @@ class BufferEntry(Shown):
         """
         # Hot path, guarded by benchmarks/pool.py. Popping the list is what makes a release happen exactly once: it is
         # atomic, with the interpreter's lock and without it. A pair of threads that release the same entry:
-        #   A: pops the ticket
+        #   A: pops the handle
         #   B: finds the list empty, raises StaleBufferError
-        #   A: puts the ticket on its free list; C may lease it there at once, with an entry and a list of its own.
+        #   A: puts the handle on its free list; C may lease it there at once, with an entry and a list of its own.
         try:
-            ticket = self._held.pop()
+            handle = self._held.pop()
         except IndexError:
             self._refuse("released")
-        block = ticket.block
+        block = handle.block
         if block.plain and stream is None and not (_open_captures and _cuda.capturing()):
-            block.home(ticket)
+            block.home(handle)
             # A close makes all blocks not plain, then frees what is idle. Where it comes between the look above and
             # the way home, it misses this one, and the look here finds that out; one that comes later frees it.
             if not block.plain:
                 self._arrive_late(block)  # type: ignore[unreachable]  # by another thread
         else:
-            self._release_slowly(ticket, block, stream)
+            self._release_slowly(handle, block, stream)
 
-    def _release_slowly(self, ticket: Ticket, block: Block, stream: _cuda.StreamLike | None) -> None:
+    def _release_slowly(self, handle: Handle, block: Block, stream: _cuda.StreamLike | None) -> None:
         try:
             store = block.store()
-            if store is not None:  # if it is gone, the memory goes with the ticket
-                self._site = store.take_back(ticket, stream)
+            if store is not None:  # if it is gone, the memory goes with the handle
+                self._site = store.take_back(handle, stream)
         except Exception:
-            self._held.append(ticket)
-            raise  # an interrupt ends the lease: the pool may have the ticket already, and may have leased it anew
+            self._held.append(handle)
+            raise  # an interrupt ends the lease: the pool may have the handle already, and may have leased it anew
 
     def _arrive_late(self, block: Block) -> None:
         store = block.store()

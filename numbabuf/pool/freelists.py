@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .. import _cuda
-from .block import Ticket, line_of, same_stream
+from .block import Handle, line_of, same_stream
 from .fence import Fences
 from .spec import BufferSpec, Tier, line_key
 
 __all__ = ["FreeList", "FreeLists"]
 
-Line = deque[Ticket]
+Line = deque[Handle]
 
 
 class FreeList:
@@ -28,10 +28,10 @@ class FreeList:
     ----------
     blocks : int
         Blocks of this capacity, idle or not.
-    ready : deque of Ticket
+    ready : deque of Handle
         Those with no work queued on them but the default stream's, newest right. A hit pops here and a plain release
         appends, both without a lock: each is one step for all threads.
-    fenced : dict to deque of Ticket
+    fenced : dict to deque of Handle
         Those that other streams may still use, by the stream that released them (`block.line_of`), newest right.
     """
 
@@ -54,7 +54,7 @@ class FreeLists:
     ----------
     by_key : dict of int to FreeList
         By `BufferSpec.line` of what they serve first.
-    hot : dict of int to deque of Ticket
+    hot : dict of int to deque of Handle
         The `ready` lines, for hits that take no lock. Always this one dictionary, empty while `serve` is off: a hit
         that finds nothing here comes by the locked way.
 
@@ -117,63 +117,63 @@ class FreeLists:
             if (key - lowest) % len(Tier) == 0:  # of the same tier
                 yield key
 
-    def pop_larger(self, spec: BufferSpec) -> Ticket | None:
+    def pop_larger(self, spec: BufferSpec) -> Handle | None:
         """Pop a ready block that holds `spec`, of less than twice its capacity; takes no lock."""
         for key in self._within(spec, 2):
             line = self.hot.get(key)
-            if line and (ticket := _pop(line)) is not None:
-                return ticket
+            if line and (handle := _pop(line)) is not None:
+                return handle
         return None
 
-    def pop_ready(self, spec: BufferSpec) -> Ticket | None:
+    def pop_ready(self, spec: BufferSpec) -> Handle | None:
         """Pop a ready block of the capacity of `spec`."""
         found = self.by_key.get(spec.line)
         return None if found is None else _pop(found.ready)
 
-    def take(self, spec: BufferSpec, stream: Any, bound: int) -> Ticket | None:
+    def take(self, spec: BufferSpec, stream: Any, bound: int) -> Handle | None:
         """Take a block for `spec` in order for `stream` (None: the default one, or the CPU).
 
         `bound`: the block has less than so many times the capacity of `spec`; 1: that capacity itself.
         """
         for key in (spec.line,) if bound == 1 else self._within(spec, bound):
             found = self.by_key.get(key)
-            if found is not None and (ticket := self._from(found, spec.tier, stream)) is not None:
-                return ticket
+            if found is not None and (handle := self._from(found, spec.tier, stream)) is not None:
+                return handle
         return None
 
-    def _from(self, own: FreeList, tier: Tier, stream: Any) -> Ticket | None:
+    def _from(self, own: FreeList, tier: Tier, stream: Any) -> Handle | None:
         host = tier is not Tier.DEVICE
         if stream is None or host:
-            ticket = _pop(own.ready)
+            handle = _pop(own.ready)
         else:
-            ticket = self._same_stream(own, stream) or self._ready(own, stream)
-        if ticket is None and not host and own.fenced and not _cuda.capturing():
+            handle = self._same_stream(own, stream) or self._ready(own, stream)
+        if handle is None and not host and own.fenced and not _cuda.capturing():
             return self._other_stream(own, stream or self._fences.default)
-        return ticket
+        return handle
 
-    def _same_stream(self, own: FreeList, stream: Any) -> Ticket | None:
+    def _same_stream(self, own: FreeList, stream: Any) -> Handle | None:
         """Take the newest block that was released on `stream` itself; only its further users need a wait."""
         line = own.fenced.get(line_of(stream))
         for _ in range(len(line or ())):
-            ticket: Ticket = line.pop()  # type: ignore[union-attr]
-            fence = ticket.block.fence
+            handle: Handle = line.pop()  # type: ignore[union-attr]
+            fence = handle.block.fence
             if same_stream(fence.last, stream):
                 if len(fence.events) == 1:
-                    ticket.block.fence = None
-                    return ticket
+                    handle.block.fence = None
+                    return handle
                 if not _cuda.capturing():
-                    return self._behind(ticket, stream, line)
-            line.appendleft(ticket)  # type: ignore[union-attr]
+                    return self._behind(handle, stream, line)
+            line.appendleft(handle)  # type: ignore[union-attr]
         return None
 
-    def _ready(self, own: FreeList, stream: Any) -> Ticket | None:
+    def _ready(self, own: FreeList, stream: Any) -> Handle | None:
         """Take a block without queued work, or one that only the default stream may still use."""
         capturing = _cuda.capturing()
-        aside: list[Ticket] = []
+        aside: list[Handle] = []
         try:
-            while (ticket := _pop(own.ready)) is not None:
-                aside.append(ticket)
-                if not ticket.block.clean:
+            while (handle := _pop(own.ready)) is not None:
+                aside.append(handle)
+                if not handle.block.clean:
                     if capturing:
                         continue
                     self._fences.wait_for((self._fences.default,), stream)
@@ -182,7 +182,7 @@ class FreeLists:
             own.ready.extend(reversed(aside))
         return None
 
-    def _other_stream(self, own: FreeList, stream: Any) -> Ticket | None:
+    def _other_stream(self, own: FreeList, stream: Any) -> Handle | None:
         """Take the oldest block of another stream's, the most likely to be done, and make `stream` wait for it."""
         for key, line in list(own.fenced.items()):
             if line:
@@ -190,24 +190,24 @@ class FreeLists:
             del own.fenced[key]  # streams come and go
         return None
 
-    def _behind(self, ticket: Ticket, stream: Any, line: Any) -> Ticket:
+    def _behind(self, handle: Handle, stream: Any, line: Any) -> Handle:
         """Put `stream` behind the fence of a block that was taken from `line`."""
         try:
-            self._fences.wait(ticket.block.fence, stream)
+            self._fences.wait(handle.block.fence, stream)
         except BaseException:
-            line.append(ticket)
+            line.append(handle)
             raise
-        ticket.block.fence = None
-        return ticket
+        handle.block.fence = None
+        return handle
 
     # ------------------------------------------------------------------------------------------------- looking, freeing
 
-    def idle(self) -> list[Ticket]:
+    def idle(self) -> list[Handle]:
         """Return all idle blocks, as of one moment: the lines are copied in one step, in which no hit can move."""
         lines = [line for each in self.by_key.values() for line in each.lines()]
-        return [ticket for line in list(map(list, lines)) for ticket in line]
+        return [handle for line in list(map(list, lines)) for handle in line]
 
-    def largest(self, tiers: Iterable[Tier]) -> Iterator[tuple[Ticket, Line]]:
+    def largest(self, tiers: Iterable[Tier]) -> Iterator[tuple[Handle, Line]]:
         """Take blocks of some tiers out, the largest first, the longest idle first of each capacity.
 
         Yields each with the line that it was in, to which it goes back if it cannot be freed.
@@ -217,13 +217,13 @@ class FreeLists:
             for line in self.by_key[key].lines() if key % len(Tier) in kinds else ():
                 while line:
                     try:
-                        ticket = line.popleft()
+                        handle = line.popleft()
                     except IndexError:  # a hit was faster
                         break
-                    yield ticket, line
+                    yield handle, line
 
 
-def _pop(line: Line) -> Ticket | None:
+def _pop(line: Line) -> Handle | None:
     try:
         return line.pop()
     except IndexError:

@@ -97,7 +97,7 @@ class Ladder:
 
     def _reap(self, tier: Tier, nbytes: int) -> str:
         with self._store.turns.step("allocate"):
-            return "buffers came home" if self._store.settle() else "nothing had finished"
+            return "buffers came back" if self._store.reap() else "nothing had finished"
 
     def _trim(self, tier: Tier, nbytes: int) -> str:
         return f"{self._store.make_room(tier, nbytes)} bytes freed"
@@ -105,7 +105,7 @@ class Ladder:
     def _collect(self, tier: Tier, nbytes: int) -> str:
         gc.collect()
         with self._store.turns.step("allocate"):
-            found = self._store.settle()
+            found = self._store.reap()
         return f"{'lost buffers found, ' if found else ''}{self._trim(tier, nbytes)}"
 
     def _flush(self, tier: Tier, nbytes: int) -> str:
@@ -134,7 +134,7 @@ class Ladder:
         store, tier = self._store, spec.tier
         with store.lock:
             mine = [block for block in store.blocks if block.tier is tier]
-            idle = sum(ticket.block.nbytes for ticket in store.idle() if ticket.block.tier is tier)
+            idle = sum(handle.block.nbytes for handle in store.idle() if handle.block.tier is tier)
             limit = store.ledger.limit(tier)
         try:
             info = _cuda.memory_info()

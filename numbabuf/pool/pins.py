@@ -30,14 +30,14 @@ class Pin:
 # No lock here: a capture looks up its operands, and a finaliser that the collector runs in the middle of that may wait
 # for a pool's lock, whose holder may be registering a block.
 registry: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()  # address -> block
-_sorted: list[list[int]] = []  # the addresses in order, once somebody asked; each block that comes begins another
+_sorted: list[list[int]] = []  # the addresses in order, once they were asked for; each block that comes begins another
 
 
 def register(block: Block) -> None:
     """Have the addresses of a block found as its own as long as it lives."""
     global _sorted
     registry[block.address] = block
-    _sorted = []  # not emptied: who is sorting the addresses just now, without this one, has the list before
+    _sorted = []  # not emptied: a thread that sorts the addresses just now, without this one, has the list before
 
 
 def _block_at(address: int) -> Block | None:

@@ -19,7 +19,7 @@ from ..checks import whole_number
 from ..errors import CaptureError, TierFullError
 from ..resource import Resource
 from .audit import audit
-from .block import Ticket, refuse_captured
+from .block import Handle, refuse_captured
 from .budget import Ledger
 from .entry import BufferEntry
 from .oom import Ladder
@@ -233,34 +233,34 @@ class SimpleBufferPool(BufferPool):
         # Hot path, guarded by benchmarks/pool.py. The exceptions are the rare way out, and cost nothing otherwise.
         if stream is None and not _open_captures:
             try:
-                ticket = self._hot[spec.line].pop()
+                handle = self._hot[spec.line].pop()
             except (KeyError, IndexError, AttributeError):
                 return self._allocate_larger(spec)
-            block = ticket.block
+            block = handle.block
             if block.spec is not spec and block.spec != spec:
-                self._cast(ticket, spec)
+                self._cast(handle, spec)
             else:
                 block.generation += 1
-            return BufferEntry(ticket)
+            return BufferEntry(handle)
         return self._allocate_slowly(spec, stream)
 
     def _allocate_larger(self, spec: BufferSpec) -> BufferEntry:
         """Lease a block of less than twice the capacity, still without the lock."""
-        ticket = self._store.lists.pop_larger(spec) if isinstance(spec, BufferSpec) else None
-        if ticket is None:
+        handle = self._store.lists.pop_larger(spec) if isinstance(spec, BufferSpec) else None
+        if handle is None:
             return self._allocate_slowly(spec, None)
-        self._cast(ticket, spec)
-        return BufferEntry(ticket)
+        self._cast(handle, spec)
+        return BufferEntry(handle)
 
     @staticmethod
-    def _cast(ticket: Ticket, spec: BufferSpec) -> None:
+    def _cast(handle: Handle, spec: BufferSpec) -> None:
         """Begin the lease of a ready block, which may have been another spec's."""
-        block = ticket.block
+        block = handle.block
         if block.spec != spec:
             try:
                 block.become(spec)
             except BaseException:
-                block.home(ticket)
+                block.home(handle)
                 raise
             block.recasts += 1
         block.generation += 1
@@ -302,12 +302,12 @@ class SimpleBufferPool(BufferPool):
 
         def serve() -> BufferEntry:
             with self._step("allocate"):
-                ticket, kind = store.find(spec, wrapped)
-            if ticket is None:
-                ticket, kind = store.grow(spec), "miss"
+                handle, kind = store.find(spec, wrapped)
+            if handle is None:
+                handle, kind = store.grow(spec), "miss"
             with store.lock:
-                store.lease(ticket, kind, wrapped)
-                return BufferEntry(ticket)
+                store.lease(handle, kind, wrapped)
+                return BufferEntry(handle)
 
         return self._ladder.climb(spec, serve, self._demote)
 
@@ -323,11 +323,11 @@ class SimpleBufferPool(BufferPool):
                 if stream is not None:
                     store.turns.refuse_elsewhere(stream)
                     refuse_captured(stream)
-                ticket, kind = store.find(spec, stream)
-                if ticket is None:
+                handle, kind = store.find(spec, stream)
+                if handle is None:
                     return None
-                store.lease(ticket, kind, stream)
-                return BufferEntry(ticket)
+                store.lease(handle, kind, stream)
+                return BufferEntry(handle)
         except Exception as error:
             refuse_foreign_capture(error, "allocate")
             raise
@@ -406,7 +406,7 @@ class SimpleBufferPool(BufferPool):
         store = self._store
         with self._step("trim"):
             refuse_capture("trim")
-            store.settle()
+            store.reap()
             freed = 0
             for tier in Tier:
                 excess = store.ledger.total - max_bytes
@@ -483,7 +483,7 @@ class SimpleBufferPool(BufferPool):
             ledger = store.ledger
             if nbytes is not None and ledger.taken(tier) > nbytes:
                 refuse_capture("a lower limit")
-                store.settle()
+                store.reap()
                 store.free_idle(ledger.taken(tier) - nbytes, ledger.sharing(tier))
                 store.turns.flush()
                 if ledger.taken(tier) > nbytes:
@@ -508,8 +508,8 @@ class SimpleBufferPool(BufferPool):
     def _stats(self) -> PoolStats:
         store = self._store
         with contextlib.suppress(Exception):  # a faulted device: asked for work it says so, and this holds without it
-            store.settle()
-        idle = [ticket.block.nbytes for ticket in store.idle()]
+            store.reap()
+        idle = [handle.block.nbytes for handle in store.idle()]
         pending = [block.nbytes for block in store.deferred.all()]
         blocks = list(store.blocks)
         leases = [block.generation for block in blocks]

@@ -28,7 +28,7 @@ class BufferState(enum.Enum):
     """Where a buffer is in its life."""
 
     FREE = "free"
-    """Idle in a pool; nobody may touch it."""
+    """Idle in a pool; must not be touched."""
     ALLOCATED = "allocated"
     """Leased; its contents are undefined."""
     STAGED = "staged"

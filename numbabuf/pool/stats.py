@@ -1,6 +1,6 @@
 """Frozen snapshots that every `stats()` returns, and what watches a pool: scopes, the event ring, debug mode.
 
-Values and small counters only: nothing here knows a pool, a lock or a device; who uses them holds the lock. Sits above
+Values and small counters only: nothing here knows a pool, a lock or a device; the caller holds the lock. Sits above
 `spec`, below `memory`.
 """
 
@@ -268,7 +268,7 @@ class Watch:
 
     @property
     def active(self) -> bool:
-        """Whether anybody watches."""
+        """Whether a scope, the ring or debug mode watches."""
         return bool(self._scopes) or self.ring is not None or self.debug
 
     def open(self, scope: Scope) -> None:

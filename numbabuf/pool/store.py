@@ -1,6 +1,6 @@
 """The memory of one pool: taken from the driver within limits, leased, deferred, idle, and given back.
 
-What both pools are made of. It hands out tickets, not leases, and makes no room by itself: a request that does not fit
+What both pools are made of. It hands out handles, not leases, and makes no room by itself: a request that does not fit
 raises, and `oom` decides what to free. Sits above `freelists`, below `oom` and `pool`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import CaptureError, ClosedError
-from .block import Alarm, Block, Ticket, line_of, refuse_captured
+from .block import Alarm, Block, Handle, line_of, refuse_captured
 from .budget import Ledger, same_memory
 from .deferred import Deferred, bound
 from .fence import Fence, Fences
@@ -58,11 +58,11 @@ class Store:
 
     Notes
     -----
-    A block is in one place at a time: its ticket is with a leaseholder, on a free list, or deferred: released, and not
-    to be handed out before a fence is reached, a capture has ended or a graph is closed. Or its ticket died, and its
+    A block is in one place at a time: its handle is with a leaseholder, on a free list, or deferred: released, and not
+    to be handed out before a fence is reached, a capture has ended or a graph is closed. Or its handle died, and its
     alarm is among the lost.
     Threads: a method takes the lock by itself, but where it says "Lock held" its caller has it. Nothing here is undone
-    for an interrupt; a ticket that one loses is reclaimed as lost.
+    for an interrupt; a handle that one loses is reclaimed as lost.
     """
 
     def __init__(self, ledger: Ledger, owner: Callable[[], Any], *, events: int = 0) -> None:
@@ -88,33 +88,33 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- out and back
 
-    def find(self, spec: BufferSpec, stream: Any, bound: int = 2) -> tuple[Ticket | None, str]:
+    def find(self, spec: BufferSpec, stream: Any, bound: int = 2) -> tuple[Handle | None, str]:
         """Take an idle block that serves `spec` on `stream`, and say how it was found. Lock held.
 
         `bound`: a larger block has less than so many times the capacity of `spec`.
         """
         here = _cuda.open_capture()
-        ticket = None if here is None else self.deferred.take_captured(spec, stream, here.stream)
-        if ticket is None:
-            ticket = self.lists.take(spec, stream, 1)
-        if ticket is None:
-            self.settle()
-            ticket = self.lists.take(spec, stream, bound)
-        if ticket is None:
+        handle = None if here is None else self.deferred.take_captured(spec, stream, here.stream)
+        if handle is None:
+            handle = self.lists.take(spec, stream, 1)
+        if handle is None:
+            self.reap()
+            handle = self.lists.take(spec, stream, bound)
+        if handle is None:
             return None, "miss"
-        if ticket.block.spec == spec:
-            return ticket, "exact_hit"
+        if handle.block.spec == spec:
+            return handle, "exact_hit"
         try:
-            ticket.block.become(spec)
+            handle.block.become(spec)
         except BaseException:
-            ticket.block.users = () if stream is None else (stream,)
-            self.deferred.add(ticket)
+            handle.block.users = () if stream is None else (stream,)
+            self.deferred.add(handle)
             raise
-        return ticket, "class_hit"
+        return handle, "class_hit"
 
-    def lease(self, ticket: Ticket, kind: str, stream: _cuda.Stream | None) -> None:
+    def lease(self, handle: Handle, kind: str, stream: _cuda.Stream | None) -> None:
         """Begin the lease of a buffer in hand, for work on `stream`. Lock held."""
-        block = ticket.block
+        block = handle.block
         block.generation += 1
         here = _cuda.open_capture()
         block.captured = None if here is None else here.stream
@@ -133,9 +133,9 @@ class Store:
             block.plain = False
             self.watch.tell(kind, block)
 
-    def release(self, ticket: Ticket, stream: Any) -> None:
+    def release(self, handle: Handle, stream: Any) -> None:
         """End a lease, whose last work is on `stream`; on an error it goes on as before."""
-        block = ticket.block
+        block = handle.block
         with self.turns.there(), self.lock:
             self.turns.do_late()
             users = block.users
@@ -147,14 +147,14 @@ class Store:
                 for user in block.users:  # asked once: `put_back` takes it for known
                     if user is stream or not _cuda.captures or not _captured_by_us(user):
                         refuse_captured(user)
-                self.put_back(ticket, asked=True)
+                self.put_back(handle, asked=True)
             except BaseException:
                 block.users = users
                 raise
             if not self._hot:
                 self.watch.tell("release", block)
 
-    def take_back(self, ticket: Ticket, stream: _cuda.StreamLike | None) -> str:
+    def take_back(self, handle: Handle, stream: _cuda.StreamLike | None) -> str:
         """End a lease that is not plain, for its entry; return where, in debug mode."""
         wrapped = None if stream is None else known_stream(stream)
         # One thread, a finaliser in the middle of its pool's close:
@@ -162,19 +162,19 @@ class Store:
         #   collector: runs a finaliser, which releases an entry
         #   release: would add to what the close goes through. It is put off to the end of the close.
         if self.turns.mine():
-            self.turns.later(functools.partial(self.retire, ticket, lease=True, stream=wrapped))
+            self.turns.later(functools.partial(self.retire, handle, lease=True, stream=wrapped))
         else:
-            self.release(ticket, wrapped)
+            self.release(handle, wrapped)
         return caller() if self.watch.debug else ""
 
     def look_again(self) -> None:
-        """A plain release may have met with the close of the pool, and then came home unseen."""
-        self.turns.later(self.settle)
+        """A plain release may have met with the close of the pool, and then its block is idle in a closed pool."""
+        self.turns.later(self.reap)
         if not self.turns.mine():
             with self.turns.there(), self.lock:
                 self.turns.do_late()
 
-    def retire(self, ticket: Ticket, *, lease: bool = False, stream: _cuda.Stream | None = None) -> None:
+    def retire(self, handle: Handle, *, lease: bool = False, stream: _cuda.Stream | None = None) -> None:
         """Give up memory without fail: what takes no fence now is tried again later. Lock held.
 
         Parameters
@@ -184,27 +184,27 @@ class Store:
         stream
             A further user.
         """
-        block = ticket.block
+        block = handle.block
         block.plain = False
         with self.turns.there():
             if stream is not None:
                 block.add_user(stream)
             try:
-                self.put_back(ticket)
+                self.put_back(handle)
             except Exception:
-                self.deferred.add(ticket)
+                self.deferred.add(handle)
         if not self._hot:
             self.watch.tell("release", block, lease=lease)
 
-    def put_back(self, ticket: Ticket, *, asked: bool = False) -> None:
+    def put_back(self, handle: Handle, *, asked: bool = False) -> None:
         """Put a released block where its users and the captures allow; on an error it is nowhere. Lock held."""
-        block = ticket.block
+        block = handle.block
         here = _cuda.open_capture()
         held = here is not None or bound(block, asked=asked)
         if here is None or block.captured is not here.stream:
             block.captured = None
         if held:
-            self.deferred.add(ticket)
+            self.deferred.add(handle)
             return
         fence = self._fence(block)
         if fence is not None and self.closed:
@@ -212,11 +212,11 @@ class Store:
             fence = None
         block.users, block.fence, block.plain = (), fence, self._hot
         if fence is None:
-            self.go_home(ticket)
+            self.go_home(handle)
         elif block.tier is not Tier.DEVICE:  # the CPU writes it next, and no event can make that wait
-            self.deferred.add(ticket)
+            self.deferred.add(handle)
         else:
-            self.lists.by_key[block.line].fenced.setdefault(line_of(fence.last), deque()).append(ticket)
+            self.lists.by_key[block.line].fenced.setdefault(line_of(fence.last), deque()).append(handle)
 
     def _fence(self, block: Block) -> Fence | None:
         """Return a fence behind the users of a released block, None if it needs none.
@@ -231,15 +231,15 @@ class Store:
             block.clean_at = block.generation
         return fence
 
-    def go_home(self, ticket: Ticket) -> None:
+    def go_home(self, handle: Handle) -> None:
         """Put a block that needs no fence on its free list, or free it if the pool is closed. Lock held."""
         if self.closed:
-            self.free(ticket)
+            self.free(handle)
             self.fences.spare.clear()  # as in `close`
         else:
-            ticket.block.home(ticket)
+            handle.block.home(handle)
 
-    def settle(self) -> bool:
+    def reap(self) -> bool:
         """Bring home what was lost or deferred and is free by now; whether anything was. Lock held.
 
         In a closed pool, home is the driver.
@@ -248,23 +248,23 @@ class Store:
             return False
         with self.turns.there():
             moved = self._reclaim()
-            for ticket in self.deferred.free():
+            for handle in self.deferred.free():
                 try:
-                    self.put_back(ticket)
+                    self.put_back(handle)
                 except BaseException:
-                    self.deferred.add(ticket)
+                    self.deferred.add(handle)
                     raise
                 moved = True
-            if self.closed:  # a plain release takes no lock, and may have come home behind the close
+            if self.closed:  # a plain release takes no lock, and may have ended behind the close
                 self.free_idle(self.ledger.total, tuple(Tier))
             return moved
 
     def _reclaim(self) -> bool:
-        """Take back the blocks whose tickets died, and report each."""
+        """Take back the blocks whose handles died, and report each."""
         found = False
         while self.deferred.lost:
             block = self.deferred.lost.popleft().block
-            self.deferred.add(self._issue(block))  # first: the log is anybody's code; `settle` puts it back
+            self.deferred.add(self._issue(block))  # first: the log runs code of users; `reap` puts it back
             found = True
             self.counts["lost"] += 1
             _log.warning(
@@ -278,11 +278,11 @@ class Store:
         """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
         with self.turns.there(), self.lock:
             self.deferred.synchronize()
-            self.settle()
+            self.reap()
 
     # ------------------------------------------------------------------------------------------- the driver and back
 
-    def grow(self, spec: BufferSpec) -> Ticket:
+    def grow(self, spec: BufferSpec) -> Handle:
         """Take one block from the driver: reserved before the call, and given back if it fails.
 
         Raises
@@ -312,14 +312,14 @@ class Store:
             raise
         with self.lock:
             self.ledger.keep(spec.tier, nbytes)
-            ticket = self._issue(block)
+            handle = self._issue(block)
             self.peak_count = max(self.peak_count, len(self.blocks))
             block.pool, block.store = self._owner, weakref.ref(self)
             block.home = self.lists.enter(block.line).ready.append
             self.tell("grow", block)
-            return ticket
+            return handle
 
-    def grow_or_trim(self, spec: BufferSpec) -> Ticket | None:
+    def grow_or_trim(self, spec: BufferSpec) -> Handle | None:
         """Grow; where there is no room, free idle memory and try again. None where there is no room even so.
 
         Idle memory is worth less than what is asked for.
@@ -342,23 +342,23 @@ class Store:
 
         If there are any, or on an error, what was taken from the driver for this is freed again.
         """
-        held: list[Ticket] = []
-        made: list[Ticket] = []
+        held: list[Handle] = []
+        made: list[Handle] = []
         whole = False
         try:
             with self.lock:
-                self.settle()
+                self.reap()
                 missing = [spec for spec in specs if not _add(held, self.lists.pop_ready(spec))]
             with self.turns.there():
-                self.fences.clean([ticket.block for ticket in held])
+                self.fences.clean([handle.block for handle in held])
             refused = [spec for spec in missing if not _add(made, self.grow_or_trim(spec))]
             whole = not refused
         finally:
             with self.turns.there(), self.lock:
-                for ticket in held + made * whole:
-                    self.go_home(ticket)
-                for ticket in made * (not whole):
-                    self.free(ticket)
+                for handle in held + made * whole:
+                    self.go_home(handle)
+                for handle in made * (not whole):
+                    self.free(handle)
         return refused
 
     def make_room(self, tier: Tier, nbytes: int) -> int:
@@ -387,8 +387,8 @@ class Store:
                 self.fences.default.query()
             idle = self.lists.largest(tiers)
             while freed < nbytes and (found := next(idle, None)) is not None:
-                ticket, line = found
-                block = ticket.block
+                handle, line = found
+                block = handle.block
                 try:
                     if block.fence is not None:
                         block.fence.synchronize()
@@ -396,15 +396,15 @@ class Store:
                         self.fences.default.synchronize()
                         synchronised = True
                 except BaseException:
-                    line.appendleft(ticket)
+                    line.appendleft(handle)
                     raise
                 freed += block.nbytes
-                self.free(ticket)
+                self.free(handle)
             return freed
 
-    def free(self, ticket: Ticket) -> None:
+    def free(self, handle: Handle) -> None:
         """Give a block back to the driver. Lock held."""
-        block = ticket.block
+        block = handle.block
         _cuda.require()  # Numba frees in the thread that drops the last reference
         block.fence = None
         del self.blocks[block]
@@ -416,16 +416,16 @@ class Store:
         self.lists.leave(block.line)
         self.tell("free", block)
 
-    def _issue(self, block: Block) -> Ticket:
-        """Make the one ticket of a block, and see to it that its loss is noticed."""
-        ticket = Ticket(block)
-        self.blocks[block] = Alarm.watch(ticket, self.deferred.lost.append)
-        return ticket
+    def _issue(self, block: Block) -> Handle:
+        """Make the one handle of a block, and see to it that its loss is noticed."""
+        handle = Handle(block)
+        self.blocks[block] = Alarm.watch(handle, self.deferred.lost.append)
+        return handle
 
     # ------------------------------------------------------------------------------------------- open, watched, closed
 
     def set_hot(self) -> None:
-        """Send every lease by the locked way while somebody watches or the pool is closed, else let hits go past it."""
+        """Send every lease by the locked way while a scope watches or the pool is closed, else let hits go past it."""
         with self.lock:
             # Where each thread has a default stream of its own, a lease without a stream is on that: never plain.
             self._hot = not self.watch.active and not self.closed and not _cuda.PER_THREAD
@@ -436,14 +436,14 @@ class Store:
             # else: a block becomes plain at its next release, which looks at its users and its graphs
 
     def tell(self, kind: str, block: Block) -> None:
-        """Tell those who watch what happened to a block. Lock held."""
+        """Tell the scopes and the event ring what happened to a block. Lock held."""
         if not self._hot:
             self.watch.tell(kind, block)
 
     def close(self, reason: str) -> int:
         """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
         with self.turns.there(), self.lock:
-            self.settle()
+            self.reap()
             before = self.ledger.total
             self.closed = self.closed or reason
             self.set_hot()
@@ -459,12 +459,12 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------- looking on
 
-    def idle(self) -> list[Ticket]:
+    def idle(self) -> list[Handle]:
         """Return all idle buffers. Lock held."""
         return self.lists.idle()
 
     def abandon(self) -> None:
-        """Cut the blocks' ties to this store; leased ones stay memory, and nobody will lease them again.
+        """Cut the blocks' ties to this store; leased ones stay memory, and they are never leased again.
 
         The free lists refer to themselves through each block's `home`, which would keep the memory until the
         collector's next run.
@@ -501,11 +501,11 @@ def _captured_by_us(stream: _cuda.Stream) -> bool:
     return any(capture.stream.handle == stream.handle for capture in list(_cuda.captures.values()))
 
 
-def _add(tickets: list[Ticket], ticket: Ticket | None) -> bool:
-    """Add a ticket, if there is one; return whether there was."""
-    if ticket is not None:
-        tickets.append(ticket)
-    return ticket is not None
+def _add(handles: list[Handle], handle: Handle | None) -> bool:
+    """Add a handle, if there is one; return whether there was."""
+    if handle is not None:
+        handles.append(handle)
+    return handle is not None
 
 
 def refuse_capture(what: str) -> None:
@@ -527,5 +527,5 @@ def _no_pool() -> None:
     """Stand where a block's references to its pool and store stood."""
 
 
-def _discard(ticket: Ticket) -> None:
+def _discard(handle: Handle) -> None:
     """Stand where a block's way home stood."""

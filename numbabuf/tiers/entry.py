@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _cuda
 from ..errors import BusyError
-from ..pool.block import Block, Ticket
+from ..pool.block import Block, Handle
 from ..pool.entry import BufferEntry
 from ..pool.fence import Fence
 from ..pool.spec import BufferSpec, Tier
@@ -24,7 +24,7 @@ __all__ = ["MovableEntry", "Record"]
 
 
 class Record:
-    """What the pool knows of a buffer, but for its ticket: the entry alone holds that, so that its loss is noticed.
+    """What the pool knows of a buffer, but for its handle: the entry alone holds that, so that its loss is noticed.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Record:
         The thread of each open use; while there are any, the buffer is neither moved nor released.
     moving : int
         Steps under way that may move the buffer; while there are any, no other step of their thread moves it.
-    copy : Ticket or None
+    copy : Handle or None
         The same contents further down; only while the buffer is in device memory.
     fence : Fence or None
         Behind all queued work on the buffer. None: ask the block for its users.
@@ -54,7 +54,7 @@ class Record:
         self.books = weakref.ref(books)
         self.users: list[int] = []
         self.moving = 0
-        self.copy: Ticket | None = None
+        self.copy: Handle | None = None
         self.fence: Fence | None = None
         self.changes = 0
 
@@ -81,8 +81,8 @@ class MovableEntry(BufferEntry):
 
     _record: Record
 
-    def __init__(self, ticket: Ticket, spec: BufferSpec) -> None:
-        super().__init__(ticket)
+    def __init__(self, handle: Handle, spec: BufferSpec) -> None:
+        super().__init__(handle)
         self.spec = spec
 
     @property
@@ -95,7 +95,7 @@ class MovableEntry(BufferEntry):
         self._record = record
 
     @property
-    def ticket(self) -> Ticket:
+    def handle(self) -> Handle:
         """The right to the memory that the contents are in, which a move exchanges; not for users."""
         try:
             return self._held[0]
@@ -103,9 +103,9 @@ class MovableEntry(BufferEntry):
             self._alive("used")  # which says so
             raise
 
-    @ticket.setter
-    def ticket(self, ticket: Ticket) -> None:
-        self._held[0] = ticket
+    @handle.setter
+    def handle(self, handle: Handle) -> None:
+        self._held[0] = handle
 
     @property
     def alive(self) -> bool:
@@ -180,7 +180,7 @@ class MovableEntry(BufferEntry):
         if self._record.users:
             raise BusyError(f"{self.spec} was released while a use of it is open: leave its with block first")
 
-    def give_up(self) -> Ticket:
+    def give_up(self) -> Handle:
         """End the lease and return what it held; StaleBufferError if it has ended before. Not for users."""
         self.refuse_used()
         try:
@@ -189,6 +189,6 @@ class MovableEntry(BufferEntry):
             self._alive("released")
             raise
 
-    def take_back(self, ticket: Ticket) -> None:
+    def take_back(self, handle: Handle) -> None:
         """Go on with a lease whose end failed; not for users."""
-        self._held.append(ticket)
+        self._held.append(handle)

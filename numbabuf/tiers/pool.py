@@ -80,8 +80,8 @@ class HierarchicalBufferPool(SimpleBufferPool):
     Capture: a thread that captures a graph moves nothing, other threads go on. A buffer that the open capture or a live
     graph reads or writes does not move: it is not chosen to make room, and `demote` of it raises BusyError.
     Managed memory is never more than the card has free when it is asked for, however much of it is resident already:
-    oversubscribed, it can hang a GPU. Where nobody knows what is free (in the simulator, under some external memory
-    managers), the budget alone holds.
+    oversubscribed, it can hang a GPU. Where the backend does not tell what is free (in the simulator, under some
+    external memory managers), the budget alone holds.
 
     Examples
     --------
@@ -232,14 +232,14 @@ class HierarchicalBufferPool(SimpleBufferPool):
         """Lease a buffer in one tier; None where it has no room, with the reason added to `reasons`."""
         for again in (False, True):
             try:
-                ticket, kind = self._traffic.find_room(placed(spec, tier), stream)
+                handle, kind = self._traffic.find_room(placed(spec, tier), stream)
             except Exception as error:
                 if not _cuda.is_out_of_memory(error):
                     raise
                 reasons.append(str(error))
             else:
-                self._store.lease(ticket, kind, stream)
-                return self._residents.enlist(ticket, spec) if movable else BufferEntry(ticket)
+                self._store.lease(handle, kind, stream)
+                return self._residents.enlist(handle, spec) if movable else BufferEntry(handle)
             if again or not self._traffic.relieve(tier, spec.size_bytes):
                 break
             self._oom.counts["demote"] += 1
@@ -262,9 +262,9 @@ class HierarchicalBufferPool(SimpleBufferPool):
         needed, kept = dict.fromkeys(Tier, 0), dict.fromkeys(Tier, 0)
         for spec in wanted:
             needed[spec.tier] += size_class(max(1, spec.size_bytes))
-        for ticket in self._store.idle():
-            if ticket.block.spec in self._reserved.difference(wanted):
-                kept[ticket.block.tier] += ticket.block.nbytes
+        for handle in self._store.idle():
+            if handle.block.spec in self._reserved.difference(wanted):
+                kept[handle.block.tier] += handle.block.nbytes
         for tier, nbytes in needed.items():
             # Idle buffers that serve already are part of the room there is. Those of earlier calls are not,
             # as long as others can go instead: what was reserved shall be there when it is leased.
@@ -410,7 +410,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         for entry in chosen:
             if not isinstance(entry, MovableEntry):
                 raise TypeError(f"{entry!r} does not move: give what allocate(spec, movable=True) returned")
-            if entry.ticket.block.pool() is not self:
+            if entry.handle.block.pool() is not self:
                 raise ValueError(f"{entry!r} belongs to another pool")
         if len({id(entry) for entry in chosen}) < len(chosen):
             raise ValueError("an entry was given twice: give each once")

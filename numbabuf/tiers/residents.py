@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from .. import _cuda
 from ..errors import BusyError
-from ..pool.block import Ticket
+from ..pool.block import Handle
 from ..pool.spec import BufferSpec, Tier
 from ..pool.stats import caller
 from .entry import MovableEntry, Record
@@ -46,9 +46,9 @@ class Residents:
         """Return the number of buffers in each tier."""
         return {tier: len(line) for tier, line in self._lines.items()}
 
-    def enlist(self, ticket: Ticket, spec: BufferSpec) -> MovableEntry:
+    def enlist(self, handle: Handle, spec: BufferSpec) -> MovableEntry:
         """Make the entry of a lease."""
-        entry = MovableEntry(ticket, spec)
+        entry = MovableEntry(handle, spec)
         entry.record = record = Record(next(self._keys), entry, self, self._gone)
         self._records[record.key] = record
         self._lines[entry.tier].add(record.key)
@@ -72,7 +72,7 @@ class Residents:
         claimed: list[Record] = []
         try:
             for entry in entries:
-                entry.ticket  # noqa: B018  # StaleBufferError where it was released
+                entry.handle  # noqa: B018  # StaleBufferError where it was released
                 entry.record.moving += 1
                 claimed.append(entry.record)
             yield
@@ -88,7 +88,7 @@ class Residents:
             for key in keys:
                 record = self._records.get(key)  # a finaliser may release an entry at any time, on this thread too
                 entry = None if record is None else record.entry()
-                if entry is not None and entry.movable and not entry.ticket.block.pinned_by_graph:
+                if entry is not None and entry.movable and not entry.handle.block.pinned_by_graph:
                     yield entry
 
     def drop_copies(self, nbytes: int) -> None:
@@ -114,7 +114,7 @@ class Residents:
         store = self._store
         if store.turns.mine():
             store.turns.later(functools.partial(self._end, entry, stream))
-        elif stream is None and entry.ticket.block.plain and entry.record.copy is None:
+        elif stream is None and entry.handle.block.plain and entry.record.copy is None:
             store.turns.run(self._end, entry, None)  # the driver is asked for nothing
         else:
             with store.turns.step("release"):
@@ -122,11 +122,11 @@ class Residents:
         return caller() if store.watch.debug else ""
 
     def _end(self, entry: MovableEntry, stream: _cuda.Stream | None) -> None:
-        ticket = entry.give_up()
+        handle = entry.give_up()
         try:
-            self._store.release(ticket, stream)
+            self._store.release(handle, stream)
         except Exception:
-            entry.take_back(ticket)
+            entry.take_back(handle)
             raise
         self._forget(entry.record)
 
@@ -167,14 +167,14 @@ class Residents:
                 assert entry.record is record, f"{entry!r} has another entry's record"
                 assert record.copy is None or entry.tier is Tier.DEVICE, f"{entry!r} has a copy below {entry.tier}"
                 assert record.key in self._lines[entry.tier], f"{entry!r} is noted in another tier"
-                held.append(entry.ticket)
+                held.append(entry.handle)
             assert record.moving == 0, f"{entry!r} is moving between steps"
-            for ticket in held:
-                assert ticket.block in store.blocks, f"{ticket.block} of {entry!r} is not the pool's"
-                assert id(ticket.block) not in seen, f"{ticket.block} is held twice"
-                seen.add(id(ticket.block))
+            for handle in held:
+                assert handle.block in store.blocks, f"{handle.block} of {entry!r} is not the pool's"
+                assert id(handle.block) not in seen, f"{handle.block} is held twice"
+                seen.add(id(handle.block))
         assert sum(self.counts().values()) == len(self._records), f"{self.counts()} of {len(self._records)}"
-        for block in (*(ticket.block for ticket in store.idle()), *store.deferred.all()):
+        for block in (*(handle.block for handle in store.idle()), *store.deferred.all()):
             assert id(block) not in seen, f"{block} is idle and held"
 
 
@@ -186,5 +186,5 @@ def refuse_used(entry: MovableEntry) -> None:
 
 def refuse_bound(entry: MovableEntry) -> None:
     """Raise BusyError for a buffer that a live graph keeps where it is."""
-    if entry.ticket.block.pinned_by_graph:
+    if entry.handle.block.pinned_by_graph:
         raise BusyError(f"{entry!r} cannot move: a live graph uses it where it is; close the graph first")

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import _cuda
 from ..errors import TierFullError
-from ..pool.block import Ticket
+from ..pool.block import Handle
 from ..pool.budget import Ledger
 from ..pool.spec import BufferSpec, Tier
 from ..pool.store import Store
@@ -53,9 +53,9 @@ class TierStore(Store):
         super().__init__(_TierLedger(budgets), owner, events=events)
         self.settled = self.trims = self.moves = self.moves_bytes = 0
 
-    def take(self, ticket: Ticket, kind: str, stream: _cuda.Stream) -> None:
+    def take(self, handle: Handle, kind: str, stream: _cuda.Stream) -> None:
         """Begin to use a buffer in hand, found as `kind`, as a move's target on `stream`. Lock held."""
-        block = ticket.block
+        block = handle.block
         block.generation += 1
         block.users, block.plain = (stream,), False
         self.moves += 1
@@ -63,7 +63,7 @@ class TierStore(Store):
         if self.watch.active:
             self.watch.tell(kind, block, lease=False)
 
-    def grow_or_free(self, spec: BufferSpec) -> Ticket:
+    def grow_or_free(self, spec: BufferSpec) -> Handle:
         """Grow; where there is no room, free idle memory, which is worth less than what is asked for, and try again."""
         try:
             return self.grow(spec)
@@ -74,20 +74,20 @@ class TierStore(Store):
         _cuda.flush_pending_frees()
         return self.grow(spec)
 
-    def grow(self, spec: BufferSpec) -> Ticket:
+    def grow(self, spec: BufferSpec) -> Handle:
         """Take one block from the driver, within the budget of its tier and what the card has free."""
         with self.lock:  # from the look at what is free to the promise, no other thread may ask for managed memory
             managed = self.ledger.reserved[Tier.MANAGED]
             if spec.tier is Tier.MANAGED or (managed and spec.tier is Tier.DEVICE):
                 self._refuse_oversubscribed(spec, managed)
-            ticket = super().grow(spec)
+            handle = super().grow(spec)
             if spec.tier is Tier.MANAGED:
                 try:
-                    self.settled += _cuda.settle_on_host(ticket.block.base, self.fences.default)
+                    self.settled += _cuda.settle_on_host(handle.block.base, self.fences.default)
                 except BaseException:
-                    self.free(ticket)
+                    self.free(handle)
                     raise
-            return ticket
+            return handle
 
     @staticmethod
     def _refuse_oversubscribed(spec: BufferSpec, managed: int) -> None:
@@ -107,7 +107,7 @@ class TierStore(Store):
 
     def room_in(self, tier: Tier, *, pending: bool = False) -> int:
         """Return the bytes that can be had in a tier without moving anything, or by waiting for what is `pending`."""
-        blocks = [ticket.block for ticket in self.idle()]
+        blocks = [handle.block for handle in self.idle()]
         if pending:
             blocks += self.deferred.pending()
         room = self.ledger.room(tier)

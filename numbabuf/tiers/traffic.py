@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .. import _cuda
 from ..errors import CaptureError, TierFullError
-from ..pool.block import Ticket
+from ..pool.block import Handle
 from ..pool.fence import Fence
 from ..pool.spec import BufferSpec, Tier, as_code
 from .entry import MovableEntry
@@ -42,7 +42,7 @@ class _Step(NamedTuple):
     """One buffer of a transfer: its next memory, and whether that was taken from the pool for it."""
 
     entry: MovableEntry
-    ticket: Ticket
+    handle: Handle
     made: bool
 
 
@@ -101,14 +101,14 @@ class Traffic:
 
     # ------------------------------------------------------------------------------------------------------ room
 
-    def find_room(self, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Ticket, str]:
+    def find_room(self, spec: BufferSpec, stream: _cuda.Stream | None) -> tuple[Handle, str]:
         """Take memory in the tier of `spec`, for work on `stream`, and say how it was found.
 
         Pressure here may move what is not claimed. The memory error says why there is none.
         """
         store = self._store
-        ticket, kind = store.find(spec, stream, 1)
-        if ticket is None:
+        handle, kind = store.find(spec, stream, 1)
+        if handle is None:
             if _cuda.capturing():
                 raise CaptureError(
                     f"{spec} has no idle buffer, and none can be allocated while a graph is captured: call "
@@ -119,10 +119,10 @@ class Traffic:
                     f"no room for {spec}: {store.room_in(spec.tier)} of {store.ledger.limit(spec.tier)} bytes are "
                     f"free, and not enough of the rest can move. Release buffers, or raise limits[{spec.tier}]"
                 )
-            ticket, kind = store.find(spec, stream, 1)
-        if ticket is None:
+            handle, kind = store.find(spec, stream, 1)
+        if handle is None:
             return store.grow_or_free(spec), "miss"
-        return ticket, kind
+        return handle, kind
 
     def make_room(self, tier: Tier, nbytes: int) -> bool:
         """Demote until `nbytes` more fit the budget of a tier; whether they do. No capture is open."""
@@ -131,7 +131,7 @@ class Traffic:
         if room is not None and room >= need:
             return True
         self._residents.sweep()
-        store.settle()
+        store.reap()
         missing = need - store.room_in(tier)
         if missing <= 0:
             return True
@@ -152,8 +152,8 @@ class Traffic:
         """Bring what is reserved in a tier down to `nbytes`; TierFullError where it cannot come so low."""
         store = self._store
         self._residents.sweep()
-        store.settle()
-        idle = sum(ticket.block.nbytes for ticket in store.idle() if ticket.block.tier is tier)
+        store.reap()
+        idle = sum(handle.block.nbytes for handle in store.idle() if handle.block.tier is tier)
         pending = sum(block.nbytes for block in store.deferred.pending() if block.tier is tier)
         missing = store.ledger.reserved[tier] - nbytes - idle - pending
         if missing > 0:
@@ -184,7 +184,7 @@ class Traffic:
         with contextlib.closing(self._residents.cold(tier)) as cold:  # type: ignore[type-var]
             for entry in cold:
                 victims.append(entry)
-                missing -= entry.ticket.block.nbytes
+                missing -= entry.handle.block.nbytes
                 if missing <= 0:
                     return victims
         return []
@@ -219,7 +219,7 @@ class Traffic:
             made = plan(
                 [(entry, max(1, entry.nbytes)) for entry in wanted],
                 self._store.room_in(Tier.DEVICE),
-                ((victim, victim.ticket.block.nbytes) for victim in cold),
+                ((victim, victim.handle.block.nbytes) for victim in cold),
                 admits if judge else None,
             )
         if insist and made.full:
@@ -246,7 +246,7 @@ class Traffic:
             refuse_bound(entry)
             if _cuda.capturing():
                 raise CaptureError(f"{entry!r} must move to device memory: promote() it before the capture")
-        return not (entry.record.users or entry.ticket.block.pinned_by_graph or _cuda.capturing())
+        return not (entry.record.users or entry.handle.block.pinned_by_graph or _cuda.capturing())
 
     # ------------------------------------------------------------------------------------------------- one transaction
 
@@ -265,14 +265,14 @@ class Traffic:
             try:
                 for entry, tier in wanted:
                     steps.append(self._target(entry, tier))
-                fence = self._copy([step for step in steps if step.ticket is not step.entry.record.copy])
+                fence = self._copy([step for step in steps if step.handle is not step.entry.record.copy])
             except BaseException:
                 for step in steps:
                     if step.made:
-                        self._store.retire(step.ticket)
+                        self._store.retire(step.handle)
                 raise
             for step in steps:
-                self._swap(step.entry, step.ticket, fence)
+                self._swap(step.entry, step.handle, fence)
 
     def _copy(self, steps: Sequence[_Step]) -> Fence | None:
         """Queue the copies of a transfer, behind all work on their sources; return the fence behind them."""
@@ -281,7 +281,7 @@ class Traffic:
         mover = self.mover
         for step in steps:
             self.order_after(step.entry, mover.stream)
-        return mover.run([Move(step.entry.ticket.block, step.ticket.block, step.entry.nbytes) for step in steps])
+        return mover.run([Move(step.entry.handle.block, step.handle.block, step.entry.nbytes) for step in steps])
 
     def _target(self, entry: MovableEntry, tier: Tier | None) -> _Step:
         """Find the memory that a buffer is to move to."""
@@ -298,21 +298,21 @@ class Traffic:
                         raise
         return _Step(entry, self._obtain(placed(entry.spec, last)), True)
 
-    def _obtain(self, spec: BufferSpec) -> Ticket:
+    def _obtain(self, spec: BufferSpec) -> Handle:
         """Take memory for a move, which is work on the mover's stream."""
-        ticket, kind = self.find_room(spec, self.mover.stream)
-        self._store.take(ticket, kind, self.mover.stream)
-        return ticket
+        handle, kind = self.find_room(spec, self.mover.stream)
+        self._store.take(handle, kind, self.mover.stream)
+        return handle
 
-    def _swap(self, entry: MovableEntry, new: Ticket, fence: Fence | None) -> None:
-        record, old = entry.record, entry.ticket
+    def _swap(self, entry: MovableEntry, new: Handle, fence: Fence | None) -> None:
+        record, old = entry.record, entry.handle
         up = ORDER.index(new.block.tier) < ORDER.index(old.block.tier)
         clean = new is record.copy
         if not clean:
             record.behind(fence)
             new.block.users = old.block.users = (self.mover.stream,)
         new.block.plain = old.block.plain = False
-        entry.ticket = new
+        entry.handle = new
         self._store.watch.moved(old.block, new.block)
         self._residents.moved(entry, old.block.tier, new.block.tier)
         self.counts["promotions" if up else "demotions"] += 1
@@ -327,7 +327,7 @@ class Traffic:
 
     def order_after(self, entry: MovableEntry, stream: _cuda.Stream) -> None:
         """Put later work on `stream` behind all queued work on the buffer."""
-        fence, block, fences = entry.record.fence, entry.ticket.block, self._store.fences
+        fence, block, fences = entry.record.fence, entry.handle.block, self._store.fences
         if fence is not None:
             fence.wait(stream)
             return

@@ -59,13 +59,13 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
         with self._store.turns.step("use"):
             self._store.refuse_closed()
             self._begin()
-        return [entry.ticket.block.device_view() for entry in self._entries]
+        return [entry.handle.block.device_view() for entry in self._entries]
 
     def _begin(self) -> None:
         chosen, residents, traffic = self._entries, self._residents, self._traffic
         self._captured = _cuda.capturing()
         residents.sweep()
-        away = any(entry.ticket.block.tier is not Tier.DEVICE for entry in chosen)  # or StaleBufferError
+        away = any(entry.handle.block.tier is not Tier.DEVICE for entry in chosen)  # or StaleBufferError
         for entry in chosen:
             residents.touch(entry, write=self._write)
         refused = 0
@@ -85,7 +85,7 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
             traffic.counts["in_place"] += entry.tier is not Tier.DEVICE
             entry.used(BufferState.IN_USE, now)
             record.users.append(self._thread)
-        self._seen = [(entry.record.changes, entry.ticket.block.users) for entry in chosen]
+        self._seen = [(entry.record.changes, entry.handle.block.users) for entry in chosen]
 
     def __exit__(self, *exc: object) -> None:
         store = self._store
@@ -119,13 +119,13 @@ class Use(contextlib.AbstractContextManager[list[Any]]):
         try:
             if not _cuda.capturing():  # a capture begun within the use takes no event
                 for entry, (changes, users) in zip(self._entries, seen, strict=True):
-                    if entry.record.changes != changes or entry.ticket.block.users is not users:
+                    if entry.record.changes != changes or entry.handle.block.users is not users:
                         self._traffic.order_after(entry, self._stream)
                 fence = self._store.fences.behind((self._stream,))
         except Exception:  # no fence: the next to come asks the block for its users, and is put behind them
             fence = None
         for entry in self._entries:
-            block = entry.ticket.block
+            block = entry.handle.block
             entry.record.behind(fence)
             if fence is None:
                 block.add_user(self._stream)

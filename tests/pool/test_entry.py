@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from numbabuf import _cuda
-from numbabuf.pool.block import Block, Ticket
+from numbabuf.pool.block import Block, Handle
 from numbabuf.pool.entry import BufferEntry
 from numbabuf.pool.spec import BufferSpec, BufferState, Tier
 
@@ -15,25 +15,25 @@ def home():
 
 
 @pytest.fixture
-def ticket(home):
+def handle(home):
     block = Block(BufferSpec((2, 3), "int32", Tier.PINNED), 24)
     block.home = home.append
     block.store = lambda: None
-    return Ticket(block)
+    return Handle(block)
 
 
 @pytest.fixture
-def entry(ticket):
-    return BufferEntry(ticket)
+def entry(handle):
+    return BufferEntry(handle)
 
 
-def test_a_plain_release_sends_the_ticket_home_and_nothing_else(entry, ticket, home):
+def test_a_plain_release_sends_the_handle_home_and_nothing_else(entry, handle, home):
     entry.release()
-    assert home == [ticket]
+    assert home == [handle]
     assert entry.state is BufferState.FREE
 
 
-def test_a_block_that_is_not_plain_goes_to_its_pool(entry, ticket, home):
+def test_a_block_that_is_not_plain_goes_to_its_pool(entry, handle, home):
     calls = []
 
     class Pool:
@@ -41,21 +41,21 @@ def test_a_block_that_is_not_plain_goes_to_its_pool(entry, ticket, home):
             calls.append(arguments)
             return "somewhere.py:7"
 
-    block = ticket.block
+    block = handle.block
     block.plain, block.store = False, Pool
     stream = _cuda.as_stream(None)
     entry.release(stream=stream)
-    assert calls == [(ticket, stream)] and not home
+    assert calls == [(handle, stream)] and not home
     with pytest.raises(RuntimeError, match=r"somewhere\.py:7"):
         entry.release()
 
 
-def test_a_release_that_fails_can_be_tried_again(entry, ticket, home):
+def test_a_release_that_fails_can_be_tried_again(entry, handle, home):
     class Pool:
         def take_back(self, *arguments):
             raise RuntimeError("device is lost")
 
-    block = ticket.block
+    block = handle.block
     block.plain, block.store = False, Pool
     with pytest.raises(RuntimeError, match="device is lost"):
         entry.release()
@@ -65,18 +65,18 @@ def test_a_release_that_fails_can_be_tried_again(entry, ticket, home):
     assert len(home) == 1
 
 
-def test_a_release_after_the_pool_is_gone_is_quiet(entry, ticket, home):
-    ticket.block.plain = False
+def test_a_release_after_the_pool_is_gone_is_quiet(entry, handle, home):
+    handle.block.plain = False
     entry.release()
     assert not home and entry.state is BufferState.FREE
 
 
-def test_streams_are_recorded_once_each(entry, ticket):
+def test_streams_are_recorded_once_each(entry, handle):
     one, two = _cuda.as_stream(None), _cuda.as_stream(None)
     for stream in (one, two, one):
         entry.record_stream(stream)
     entry.mark_in_use(stream=two)
-    block = ticket.block
+    block = handle.block
     assert block.users == (one, two) and not block.plain
 
 
@@ -93,7 +93,7 @@ def test_the_interface_reads_as_an_array(entry):
 
 def test_bfloat16_reads_as_uint16():
     pytest.importorskip("ml_dtypes")
-    entry = BufferEntry(Ticket(Block(BufferSpec(4, "bfloat16", Tier.PINNED), 8)))
+    entry = BufferEntry(Handle(Block(BufferSpec(4, "bfloat16", Tier.PINNED), 8)))
     assert entry.__cuda_array_interface__["typestr"] == "<u2"
     assert entry.nbytes == 8
 

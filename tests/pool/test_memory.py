@@ -1,4 +1,4 @@
-"""Blocks, size classes, tickets and the byte account."""
+"""Blocks, size classes, handles and the byte account."""
 
 import bisect
 import gc
@@ -13,7 +13,7 @@ from hypothesis import given
 from numbabuf import _cuda
 from numbabuf.errors import TierFullError
 from numbabuf.pool import pins as graph_pins
-from numbabuf.pool.block import Alarm, Block, Ticket
+from numbabuf.pool.block import Alarm, Block, Handle
 from numbabuf.pool.budget import Ledger
 from numbabuf.pool.spec import EXACT_ABOVE, BufferSpec, Tier, size_class
 
@@ -68,13 +68,13 @@ def test_the_views_of_a_block_keep_its_memory():
     assert base() is None
 
 
-def test_a_lost_ticket_raises_the_alarm_once_and_only_when_it_is_gone():
+def test_a_lost_handle_raises_the_alarm_once_and_only_when_it_is_gone():
     block = Block(BufferSpec(8, "uint8", Tier.PINNED), 8)
     lost = []
-    ticket = Ticket(block)
-    alarm = Alarm.watch(ticket, lost.append)
-    kept = [ticket]
-    del ticket
+    handle = Handle(block)
+    alarm = Alarm.watch(handle, lost.append)
+    kept = [handle]
+    del handle
     assert not lost
     kept.clear()
     assert lost == [alarm] and lost[0].block is block
@@ -83,30 +83,30 @@ def test_a_lost_ticket_raises_the_alarm_once_and_only_when_it_is_gone():
 def test_an_alarm_that_nobody_keeps_is_silent():
     block = Block(BufferSpec(8, "uint8", Tier.PINNED), 8)
     lost = []
-    ticket = Ticket(block)
-    alarm = Alarm.watch(ticket, lost.append)
+    handle = Handle(block)
+    alarm = Alarm.watch(handle, lost.append)
     del alarm
-    del ticket
+    del handle
     assert not lost
 
 
-def test_a_finaliser_in_the_same_dead_cycle_may_still_save_the_ticket():
+def test_a_finaliser_in_the_same_dead_cycle_may_still_save_the_handle():
     """The collector finalises a whole cycle before it drops any of it, in no order to rely on."""
     saved, lost = [], []
 
     class Owner:
-        def __init__(self, ticket):
-            self.ticket, self.me = ticket, self
+        def __init__(self, handle):
+            self.handle, self.me = handle, self
 
         def __del__(self):
-            saved.append(self.ticket)
+            saved.append(self.handle)
 
     alarms = []
     for _ in range(20):
-        ticket = Ticket(Block(BufferSpec(8, "uint8", Tier.PINNED), 8))
-        alarms.append(Alarm.watch(ticket, lost.append))
-        Owner(ticket)
-    del ticket
+        handle = Handle(Block(BufferSpec(8, "uint8", Tier.PINNED), 8))
+        alarms.append(Alarm.watch(handle, lost.append))
+        Owner(handle)
+    del handle
     gc.collect()
     assert len(saved) == 20 and not lost
     saved.clear()
@@ -114,7 +114,7 @@ def test_a_finaliser_in_the_same_dead_cycle_may_still_save_the_ticket():
 
 
 def test_what_the_alarm_watches_is_none_of_the_collectors_business():
-    assert not gc.is_tracked(Ticket(Block(BufferSpec(1, "uint8", Tier.PINNED), 1)).token)
+    assert not gc.is_tracked(Handle(Block(BufferSpec(1, "uint8", Tier.PINNED), 1)).token)
 
 
 # -------------------------------------------------------------------------------------------------------- the account

@@ -1139,9 +1139,9 @@ def test_a_plain_release_that_races_with_the_close_frees(pool):
     block = entry._held[0].block
     home = block.home
 
-    def closed_first(ticket):
+    def closed_first(handle):
         pool.close()
-        home(ticket)
+        home(handle)
 
     block.home = closed_first
     entry.release()

@@ -139,8 +139,8 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             return
         self.forget_idle()
         self.idle = {}
-        for ticket in self.pool._store.idle():
-            block = ticket.block
+        for handle in self.pool._store.idle():
+            block = handle.block
             self.blocks[block.address] = block.nbytes
             self.last[block.address] = block.spec
             self.idle.setdefault(block.nbytes, []).append(block.address)

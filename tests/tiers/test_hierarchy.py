@@ -603,9 +603,9 @@ def test_what_another_threads_capture_uses_stays_where_it_is(make, stream):
 
     with capturing_elsewhere(launch):
         write(pool, loose, 2, stream)
-        address = bound.ticket.block.address
+        address = bound.handle.block.address
         more = pool.allocate(spec(1024), movable=True)  # pressure, which takes the colder of two but for the capture
-        assert (bound.tier, loose.tier) == (Tier.DEVICE, Tier.PINNED) and bound.ticket.block.address == address
+        assert (bound.tier, loose.tier) == (Tier.DEVICE, Tier.PINNED) and bound.handle.block.address == address
     more.release()
     assert (read(pool, bound, stream) == 1).all() and (read(pool, loose, stream) == 2).all()
 

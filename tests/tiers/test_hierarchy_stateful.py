@@ -160,7 +160,7 @@ class Churn:
         capture.begin()
         with self.pool.use([entry], stream=stream) as (array,):
             _cuda.launch(add_index, 1, THREADS, stream, array, 7)
-        self.graphs[entry] = capture.end(), entry.ticket.block.address
+        self.graphs[entry] = capture.end(), entry.handle.block.address
 
     def replay(self, index):
         if not self.graphs:
@@ -187,7 +187,7 @@ class Churn:
         if contents:
             _cuda.synchronize()
             for entry, wanted in self.shadow.items():
-                assert bytes_of(entry.ticket.block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
+                assert bytes_of(entry.handle.block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
                 if entry.record.copy is not None:
                     assert bytes_of(entry.record.copy.block, entry.nbytes).tobytes() == wanted.tobytes(), repr(entry)
             for entry, (address, wanted) in self.fixed.items():

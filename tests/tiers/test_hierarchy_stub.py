@@ -257,7 +257,7 @@ def run_with(stub, fault):
     _cuda.synchronize()
     for name, entry in entries.items():
         assert len(entry.record.users) == 0
-        assert bytes_of(entry.ticket.block, 1024).tobytes() == ramp(1024, ord(name)).tobytes(), f"{fault}: {name}"
+        assert bytes_of(entry.handle.block, 1024).tobytes() == ramp(1024, ord(name)).tobytes(), f"{fault}: {name}"
         if entry.record.copy is not None:
             assert bytes_of(entry.record.copy.block, 1024).tobytes() == ramp(1024, ord(name)).tobytes(), (
                 f"{fault}: {name}"
