@@ -44,7 +44,9 @@ def _moves(direction: str, nbytes: int, count: int) -> list[Move]:
 def _engine(mover: Mover, moves: Sequence[Move]) -> Callable[[], object]:
     """The copy engine, a call for each; views are made once, which favours it."""
     pairs = [
-        tuple(_cuda.device_view(b.base, 0, (move.nbytes,), np.dtype(np.uint8)) for b in (move.target, move.source))
+        tuple(
+            _cuda.device_view(b.memory.base, 0, (move.nbytes,), np.dtype(np.uint8)) for b in (move.target, move.source)
+        )
         for move in moves
     ]
 

@@ -19,31 +19,75 @@ from .pins import Pin, register
 from .spec import BufferSpec, Tier, line_key
 
 __all__ = [
-    "Alarm", "Block", "Handle", "line_of", "refuse_captured", "refuse_foreign", "same_stream",
+    "Alarm", "Block", "Handle", "Memory", "line_of", "refuse_captured", "refuse_foreign", "same_stream",
 ]  # fmt: skip
 
 _MAX_VIEWS = 16
-"""Typed views remembered per block; a block that serves more specs than this forgets them all and begins anew."""
+"""Typed views remembered per allocation; one that serves more specs than this forgets them all and begins anew."""
 
 
-class Block:
-    """One raw allocation in one tier, and what is known of its use.
+class Memory:
+    """One raw allocation in one tier, and the typed views over it.
 
     Attributes
     ----------
+    base
+        The raw uint8 array.
+    device : int
+        Ordinal of the device that the memory is on, or that pinned memory was made for.
+    life : Lifetime
+        That of the context that the memory is in.
+    """
+
+    __slots__ = ("__weakref__", "base", "device", "life", "_device_views", "_views")
+
+    def __init__(self, tier: Tier, nbytes: int) -> None:
+        # One driver allocation, by the door's own functions: looked up here, so that a test may replace them.
+        make: Callable[[int], Any] = {
+            Tier.DEVICE: _cuda.empty_device,
+            Tier.MANAGED: _cuda.empty_managed,
+            Tier.PINNED: _cuda.empty_pinned,
+        }[tier]
+        self.base: Any = make(nbytes)
+        self.device = _cuda.device_id()
+        self.life = _cuda.lifetime()
+        self._views: dict[BufferSpec, Any] = {}
+        self._device_views: dict[BufferSpec, Any] = {}
+
+    def view(self, spec: BufferSpec) -> Any:
+        """Return the view for `spec`, whose bytes fit; one that the host can use where it can use the memory."""
+        return self._known(self._views, spec, _cuda.device_view if spec.tier is Tier.DEVICE else _cuda.host_view)
+
+    def device_view(self, spec: BufferSpec) -> _cuda.DeviceArray:
+        """Return the view for `spec` that kernels take."""
+        return self._known(self._device_views, spec, _cuda.device_view)
+
+    def _known(self, views: dict[BufferSpec, Any], spec: BufferSpec, make: Callable[..., Any]) -> Any:
+        view = views.get(spec)
+        if view is None:
+            if len(views) >= _MAX_VIEWS:
+                views.clear()
+            view = views[spec] = make(self.base, 0, spec.shape, spec.dtype)
+        return view
+
+
+class Block:
+    """Memory of a pool, and what is known of its use.
+
+    Attributes
+    ----------
+    memory : Memory
     tier : Tier
     nbytes : int
         Capacity. A block made for a zero-byte spec has one byte.
-    base, address
-        The raw uint8 array and the address of its first byte.
+    address : int
+        The address of its first byte.
     spec : BufferSpec
         What the block is, or was last, leased as.
     array
         The typed view for `spec`.
-    line : int
-        The key of the free list of its capacity.
     home
-        Puts the block's handle on that free list: the append method of its ready line.
+        Puts the block's handle on the free list of its capacity: the append method of its ready line.
     plain : bool
         Whether a release may put the block straight back: nothing is known but "leased by one owner, no queued work".
     generation : int
@@ -60,38 +104,24 @@ class Block:
         Behind the work of the last lease, of an idle or deferred block that other streams may still use.
     pins : dict of int to weakref of Pin
         By thread, as two that capture at once would overwrite each other's.
-    pool, store
-        Functions that return the pool and its store, or None when that is gone.
-    device : int
-        Ordinal of the device that the memory is on, or that pinned memory was made for.
-    life : Lifetime
-        That of the context that the memory is in.
+    store
+        A function that returns the store of the block's pool, or None when that is gone.
     site : str
         Where it was leased last, in debug mode.
     """
 
     __slots__ = (
-        "__weakref__", "address", "array", "base", "captured", "clean_at", "device", "device_views", "fence",
-        "generation", "home", "life", "line", "nbytes", "pins", "plain", "pool", "recasts", "site", "spec", "store",
-        "tier", "users", "views",
+        "__weakref__", "address", "array", "captured", "clean_at", "fence", "generation", "home", "memory", "nbytes",
+        "pins", "plain", "recasts", "site", "spec", "store", "tier", "users",
     )  # fmt: skip
 
     home: Any
 
     def __init__(self, spec: BufferSpec, nbytes: int) -> None:
+        self.memory = Memory(spec.tier, nbytes)
         self.tier = spec.tier
         self.nbytes = nbytes
-        # One driver allocation, by the door's own functions: looked up here, so that a test may replace them.
-        make: Callable[[int], Any] = {
-            Tier.DEVICE: _cuda.empty_device,
-            Tier.MANAGED: _cuda.empty_managed,
-            Tier.PINNED: _cuda.empty_pinned,
-        }[spec.tier]
-        self.base: Any = make(nbytes)
-        self.address = _cuda.address(self.base)
-        self.views: dict[BufferSpec, Any] = {}
-        self.device_views: dict[BufferSpec, Any] = {}
-        self.line = line_key(spec.tier, nbytes)
+        self.address = _cuda.address(self.memory.base)
         self.generation = self.recasts = 0
         self.clean_at = 0
         self.captured: Any = None
@@ -99,36 +129,25 @@ class Block:
         self.fence: Any = None
         self.pins: dict[int, weakref.ref[Pin]] = {}
         self.plain = True
-        self.pool: Any = None
         self.store: Any = None
-        self.device = _cuda.device_id()
-        self.life = _cuda.lifetime()
         self.site = ""
         self.become(spec)
         register(self)
 
+    @property
+    def line(self) -> int:
+        """The key of the free list of its capacity."""
+        return line_key(self.tier, self.nbytes)
+
     def become(self, spec: BufferSpec) -> None:
         """Take the shape and type of `spec`, whose bytes fit."""
-        array = self.views.get(spec)
-        if array is None:
-            if len(self.views) >= _MAX_VIEWS:
-                self.views.clear()
-            view: Callable[..., Any] = _cuda.device_view if spec.tier is Tier.DEVICE else _cuda.host_view
-            array = self.views[spec] = view(self.base, 0, spec.shape, spec.dtype)
+        array = self.memory.view(spec)
         self.spec = spec
         self.array = array
 
     def device_view(self) -> _cuda.DeviceArray:
-        """Return the typed view that kernels take, made at its first use."""
-        spec = self.spec
-        if spec.tier is Tier.DEVICE:
-            return self.array
-        view = self.device_views.get(spec)
-        if view is None:
-            if len(self.device_views) >= _MAX_VIEWS:
-                self.device_views.clear()
-            view = self.device_views[spec] = _cuda.device_view(self.base, 0, spec.shape, spec.dtype)
-        return view
+        """Return the typed view that kernels take."""
+        return self.array if self.tier is Tier.DEVICE else self.memory.device_view(self.spec)
 
     def add_user(self, stream: _cuda.Stream) -> None:
         """Count `stream` among those with queued work on the block.
@@ -146,7 +165,7 @@ class Block:
 
     def refuse_ended(self) -> None:
         """Raise ClosedError if the context of the memory was closed or reset, and the memory is gone with it."""
-        if self.life.ended:
+        if self.memory.life.ended:
             raise ClosedError(
                 f"the memory of {self.spec} went when its CUDA context was closed (cuda.close(), or a reset of the "
                 "context or device): make a new pool, and allocate there"
@@ -162,7 +181,7 @@ class Block:
         CaptureError
             It is being captured, but not by this thread through numbabuf.
         """
-        refuse_foreign(stream, self.device)
+        refuse_foreign(stream, self.memory.device)
         refuse_captured(stream)
 
     @property

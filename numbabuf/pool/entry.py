@@ -135,7 +135,8 @@ class BufferEntry(Shown):
 
     def belongs_to(self, pool: object) -> bool:
         """Return whether `pool` made this lease; StaleBufferError after its end."""
-        return self._block("released").pool() is pool
+        store = self._block("released").store()
+        return store is not None and store.owner() is pool
 
     def mark_in_use(self, *, stream: _cuda.StreamLike | None = None) -> None:
         """Say that work queued on `stream` reads or writes the buffer: it is IN_USE, and its release waits for it.
@@ -275,7 +276,7 @@ class BufferEntry(Shown):
             block = self._held[0].block
         except IndexError:
             self._refuse(what)
-        if block.life.ended and what != "released":
+        if block.memory.life.ended and what != "released":
             block.refuse_ended()
         return block
 

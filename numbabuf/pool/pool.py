@@ -515,8 +515,8 @@ class SimpleBufferPool(BufferPool):
         leases = [block.generation for block in blocks]
         reserved = store.ledger.total
         counts = store.counts
-        allocations = store.past_leases + sum(leases)
-        recasts = store.past_recasts + sum(block.recasts for block in blocks)
+        allocations = store.past["leases"] + sum(leases)
+        recasts = store.past["recasts"] + sum(block.recasts for block in blocks)
         return PoolStats(
             reserved_bytes=reserved,
             in_use_bytes=reserved - sum(idle) - sum(pending),
@@ -530,7 +530,7 @@ class SimpleBufferPool(BufferPool):
             pending_count=len(pending),
             waste_bytes=sum(block.nbytes - block.spec.size_bytes for block in blocks),
             allocations=allocations,
-            allocated_bytes=store.past_bytes + sum(n * b.nbytes for n, b in zip(leases, blocks, strict=True)),
+            allocated_bytes=store.past["bytes"] + sum(n * b.nbytes for n, b in zip(leases, blocks, strict=True)),
             exact_hits=allocations - recasts - counts["misses"],
             class_hits=recasts,
             stream_waits=store.fences.waits,

@@ -68,20 +68,20 @@ class Store:
     def __init__(self, ledger: Ledger, owner: Callable[[], Any], *, events: int = 0) -> None:
         self.closed = ""
         self.watch = Watch(events)
-        self._owner = owner
+        self.owner = owner
         self.life: _cuda.Lifetime | None = None
         self._begin(ledger)
 
     def _begin(self, ledger: Ledger) -> None:
         """Start without any memory."""
-        self.turns = Turns(self._owner)
+        self.turns = Turns(self.owner)
         self.lock = self.turns.lock
         self.ledger = ledger
         self.fences = Fences()
         self.lists = FreeLists(self.fences)
         self.blocks: dict[Block, Alarm] = {}
         self.counts = dict.fromkeys(("misses", "lost", "freed"), 0)
-        self.past_leases = self.past_bytes = self.past_recasts = 0  # of blocks that were freed
+        self.past = dict.fromkeys(("leases", "bytes", "recasts"), 0)  # of blocks that were freed
         self.peak_count = 0
         self.deferred = Deferred()
         self.set_hot()
@@ -296,7 +296,7 @@ class Store:
         nbytes = size_class(exact)
         with self.lock:
             self.refuse_closed()
-            self.turns.device = _cuda.one_device(self.turns.device, self._owner())
+            self.turns.device = _cuda.one_device(self.turns.device, self.owner())
             self.life = _cuda.lifetime()
             self.life.holders.add(self)
             room = self.ledger.room(spec.tier)
@@ -314,7 +314,7 @@ class Store:
             self.ledger.keep(spec.tier, nbytes)
             handle = self._issue(block)
             self.peak_count = max(self.peak_count, len(self.blocks))
-            block.pool, block.store = self._owner, weakref.ref(self)
+            block.store = weakref.ref(self)
             block.home = self.lists.enter(block.line).ready.append
             self.tell("grow", block)
             return handle
@@ -409,10 +409,10 @@ class Store:
         block.fence = None
         del self.blocks[block]
         self.ledger.give_back(block.tier, block.nbytes)
-        self.past_leases += block.generation
-        self.past_bytes += block.generation * block.nbytes
+        self.past["leases"] += block.generation
+        self.past["bytes"] += block.generation * block.nbytes
         self.counts["freed"] += 1
-        self.past_recasts += block.recasts
+        self.past["recasts"] += block.recasts
         self.lists.leave(block.line)
         self.tell("free", block)
 
@@ -470,7 +470,7 @@ class Store:
         collector's next run.
         """
         for block in getattr(self, "blocks", ()):  # none where `__init__` failed
-            block.plain, block.home, block.pool, block.store = False, _discard, _no_pool, _no_pool
+            block.plain, block.home, block.store = False, _discard, _no_store
 
     __del__ = abandon
 
@@ -523,7 +523,7 @@ def known_stream(stream: _cuda.StreamLike) -> _cuda.Stream:
     return wrapped
 
 
-def _no_pool() -> None:
+def _no_store() -> None:
     """Stand where a block's references to its pool and store stood."""
 
 

@@ -168,9 +168,9 @@ class MovableEntry(BufferEntry):
         block = self._alive("released")
         self.refuse_used()
         books = self._record.books()
-        if block.life.ended:  # the memory is gone, and the books of the pool with it
+        if block.memory.life.ended:  # the memory is gone, and the books of the pool with it
             self._held.clear()
-        elif books is None or block.pool() is None:
+        elif books is None or block.store() is None:
             super().release(stream=stream)
         else:
             self._site = books.release(self, None if stream is None else _cuda.as_stream(stream))

@@ -171,7 +171,7 @@ class Mover:
         try:
             for move in large:
                 target, source = (
-                    _cuda.device_view(block.base, 0, (move.nbytes,), np.dtype(np.uint8))
+                    _cuda.device_view(block.memory.base, 0, (move.nbytes,), np.dtype(np.uint8))
                     for block in (move.target, move.source)
                 )
                 _cuda.copy(target, source, self.stream)

@@ -410,7 +410,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         for entry in chosen:
             if not isinstance(entry, MovableEntry):
                 raise TypeError(f"{entry!r} does not move: give what allocate(spec, movable=True) returned")
-            if entry.handle.block.pool() is not self:
+            if entry.handle.block.store() is not self._store:
                 raise ValueError(f"{entry!r} belongs to another pool")
         if len({id(entry) for entry in chosen}) < len(chosen):
             raise ValueError("an entry was given twice: give each once")

@@ -83,7 +83,7 @@ class TierStore(Store):
             handle = super().grow(spec)
             if spec.tier is Tier.MANAGED:
                 try:
-                    self.settled += _cuda.settle_on_host(handle.block.base, self.fences.default)
+                    self.settled += _cuda.settle_on_host(handle.block.memory.base, self.fences.default)
                 except BaseException:
                     self.free(handle)
                     raise

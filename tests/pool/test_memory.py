@@ -44,7 +44,7 @@ def test_large_requests_are_exact(nbytes):
 def test_a_block_is_bytes_with_typed_views(tier):
     block = Block(BufferSpec((4, 2), "float64", tier), 100)
     assert (block.tier, block.nbytes, block.generation) == (tier, 100, 0)
-    assert block.address == _cuda.address(block.base) == _cuda.address(block.array)
+    assert block.address == _cuda.address(block.memory.base) == _cuda.address(block.array)
     first = block.array
     block.become(BufferSpec(25, "float32", tier))
     assert block.array.shape == (25,) and block.array.dtype == np.float32
@@ -57,7 +57,7 @@ def test_a_block_is_bytes_with_typed_views(tier):
 
 def test_the_views_of_a_block_keep_its_memory():
     block = Block(BufferSpec(64, "uint8", Tier.PINNED), 64)
-    base = weakref.ref(block.base)
+    base = weakref.ref(block.memory.base)
     array = block.array
     del block
     gc.collect()

@@ -44,7 +44,7 @@ def ramp(size, seed):
 
 def bytes_of(block, nbytes):
     """What lies in a block right now; the caller has waited for all work."""
-    view = _cuda.device_view(block.base, 0, (nbytes,), np.dtype(np.uint8))
+    view = _cuda.device_view(block.memory.base, 0, (nbytes,), np.dtype(np.uint8))
     return view.copy_to_host() if nbytes else np.empty(0, np.uint8)
 
 
