@@ -11,6 +11,7 @@ import sys
 import textwrap
 
 import pytest
+import shape
 
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "numbabuf"
 
@@ -194,3 +195,15 @@ def test_the_map_names_files_that_are_there():
     missing = [name for name in named if not ((PACKAGE / name).exists() or (PACKAGE.parent / name).exists())]
     assert not missing
     assert not [room for room in {name.split(".")[0] for name in ROOMS} - {"__main__"} if room not in text]
+
+
+def test_nothing_in_the_package_grows_beyond_its_goal():
+    found = shape.measure(PACKAGE.parent)
+    goals = {
+        "largest file": 650,
+        "functions, 90 of 100": 17,
+        "methods of a class": 30,
+        "attributes of a class": 16,
+        "annotations that are Any, %": 5,
+    }
+    assert {name: found[name] for name in goals if found[name] > goals[name]} == {}
