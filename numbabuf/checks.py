@@ -13,7 +13,7 @@ from types import FrameType
 
 import numpy as np
 
-__all__ = ["OnProgress", "nbytes", "outside", "whole_number"]
+__all__ = ["OnProgress", "check_progress", "nbytes", "outside", "whole_number"]
 
 OnProgress = Callable[[int, int, Mapping[str, int], "int | None"], None]
 """Called with what is done, how much there is, the size just done, and the bytes free on the device if known."""
@@ -80,3 +80,9 @@ def nbytes(count: float) -> str:
             break
         unit, size = larger, size / 1024
     return f"{size:.4g} {unit}"
+
+
+def check_progress(on_progress: object) -> None:
+    """Refuse what cannot be told of progress."""
+    if on_progress is not None and not callable(on_progress):
+        raise TypeError(f"on_progress is {on_progress!r}: give a function of (done, total, size, free_bytes), or None")

@@ -1,6 +1,7 @@
 """What the package shows: every listed name is there and described; importing it needs no extra."""
 
 import configparser
+import importlib
 import inspect
 import json
 import os
@@ -67,3 +68,14 @@ def test_import_needs_no_backend():
 @pytest.mark.parametrize("name", ["planning", "buckets", "demand", "traces"])
 def test_what_needs_no_gpu_imports_no_numba(name):
     assert not {"numba", "cuda"} & modules_after(f"import numbabuf.{name}")
+
+
+@pytest.mark.parametrize(
+    "name", "buckets info nvtx planning plots policies progress report stats timeline traces".split()
+)
+def test_a_public_module_lists_what_it_holds(name):
+    """Which is what ``import *`` takes, and what the reference describes."""
+    module = importlib.import_module(f"numbabuf.{name}")
+    assert module.__all__
+    for listed in module.__all__:
+        getattr(module, listed)

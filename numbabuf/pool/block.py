@@ -22,6 +22,10 @@ __all__ = [
     "Alarm", "Block", "Handle", "Memory", "line_of", "refuse_captured", "refuse_foreign", "same_stream",
 ]  # fmt: skip
 
+_ADVICE = (
+    "nothing tells a pool when that graph is done with a buffer: allocate it before that capture without naming this "
+    "stream, and keep it, unreleased"
+)
 _MAX_VIEWS = 16
 """Typed views remembered per allocation; one that serves more specs than this forgets them all and begins anew."""
 
@@ -231,13 +235,15 @@ def refuse_foreign(stream: _cuda.Stream, device: int) -> None:
         )
 
 
-def refuse_captured(stream: _cuda.Stream) -> None:
-    """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
+def refuse_captured(stream: _cuda.Stream, advice: str = _ADVICE) -> None:
+    """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf.
+
+    The error ends with `advice`: why the caller cannot go on, and what to do.
+    """
     if not stream.closed and _cuda.is_capturing(stream) and not _cuda.capturing():
         raise CaptureError(
             f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
-            "numbabuf, and nothing tells a pool when that graph is done with a buffer: allocate it before that capture "
-            "without naming this stream, and keep it, unreleased, as long as the graph lives"
+            f"numbabuf, and {advice}, as long as the graph lives"
         )
 
 

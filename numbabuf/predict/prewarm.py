@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from .. import _cuda
-from ..checks import OnProgress, whole_number
+from ..checks import OnProgress, check_progress, whole_number
 from ..demand import buckets
 from ..demand.model import DemandModel
 from ..errors import BusyError, ClosedError
@@ -22,7 +22,7 @@ from ..pool.pool import BufferPool
 from ..pool.spec import BufferSpec
 from ..resource import Resource
 from ..step.graph import Step
-from ..step.program import Program, check_function
+from ..step.program import Program, check_function, free_bytes
 from .background import Background
 from .budgets import Budgets, Reserve
 from .choice import Plan, by_value, pricing
@@ -214,6 +214,7 @@ class Prewarmer(Resource):
         """
         if fn is not None:
             check_function(fn)
+        check_progress(on_progress)
         program = self.program
         if _cuda.capturing() or self.closed or program.closed:
             return ()
@@ -256,7 +257,7 @@ class Prewarmer(Resource):
                 break
             captured.append(size)
             if on_progress is not None:
-                on_progress(len(captured), len(order), {"tokens": size}, _free_bytes())
+                on_progress(len(captured), len(order), {"tokens": size}, free_bytes())
         self._capture_seconds += self._clock() - began
         if why:
             _log.debug("prewarm stopped after %d of %d: %s", len(captured), len(order), why)
@@ -348,9 +349,3 @@ class Prewarmer(Resource):
 
 def _refitter(budgets: Budgets, cost: buckets.Cost | None, window: int) -> buckets.Refitter:
     return buckets.Refitter(budgets.max_graphs, max_size=budgets.max_size, cost=cost, window=window)
-
-
-def _free_bytes() -> int | None:
-    """Bytes free on the device, as far as the backend tells."""
-    free = _cuda.memory_info()
-    return free[0] if free else None

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import _cuda
-from ..checks import OnProgress
+from ..checks import OnProgress, check_progress
 from ..errors import BucketOverflowError, ClosedError, GraphMissingError
 from ..resource import Resource
 from .arena import Arena
@@ -294,6 +294,7 @@ class Program(Resource):
         """Capture `fn` once per size; where it is another function than before, its graphs replace all others."""
         if warm_up not in (None, "run"):
             raise ValueError(f'warm_up is {warm_up!r}: give None, which runs nothing, or "run"')
+        check_progress(on_progress)
         shared = self._shared
         shared.prepare("capture_buckets")
         with shared.capturing.held(), shared.working("capture_buckets") as arena:
@@ -312,7 +313,7 @@ class Program(Resource):
                             shared.stream.synchronize()
                         captured.append(self._record(arena, size, fn))
                     if on_progress is not None:
-                        on_progress(done, len(work), layout.named(size), _free_bytes())
+                        on_progress(done, len(work), layout.named(size), free_bytes())
             except BaseException:
                 for graph in captured:
                     graph.close()
@@ -494,7 +495,7 @@ def _size(graph: CapturedStep) -> CapturedSize:
     )
 
 
-def _free_bytes() -> int | None:
+def free_bytes() -> int | None:
     """Bytes free on the device, as far as the backend tells."""
     free = _cuda.memory_info()
     return free[0] if free else None

@@ -16,6 +16,7 @@ from typing import Any
 from .. import _cuda
 from ..checks import whole_number
 from ..errors import ClosedError, TierFullError
+from ..pool.block import refuse_captured
 from ..pool.entry import BufferEntry
 from ..pool.oom import Ladder
 from ..pool.pool import SimpleBufferPool
@@ -28,15 +29,17 @@ from .residents import Residents, refuse_bound, refuse_used
 from .stats import HierarchyStats
 from .store import TierStore
 from .traffic import Traffic, below, placed
-from .use import Use, refuse_captured
+from .use import Use
 
 __all__ = ["HierarchicalBufferPool"]
+
+_CAPTURED = "no event can order moves round it: allocate the buffers without movable=True, and keep them, unreleased"
 
 
 def _stream_of(stream: _cuda.StreamLike | None) -> _cuda.Stream:
     """Wrap what a user calls a stream; None is the default stream, on which launches without a stream go."""
     wrapped: _cuda.Stream = _cuda.default_stream() if stream is None else _cuda.as_stream(stream)
-    refuse_captured(wrapped)
+    refuse_captured(wrapped, _CAPTURED)
     return wrapped
 
 
@@ -200,7 +203,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         wrapped: _cuda.Stream | None = None
         if stream is not None:
             wrapped = known_stream(stream)
-            refuse_captured(wrapped)
+            refuse_captured(wrapped, _CAPTURED)
         elif _cuda.PER_THREAD and spec.tier is Tier.DEVICE:  # elsewhere all threads have one, which goes without saying
             wrapped = _cuda.default_stream()
         serve = functools.partial(self._serve, spec, wrapped, movable)
@@ -329,7 +332,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             if not (isinstance(stream, int) or wrapped.handle == 0 or wrapped.thread):  # those name others another time
                 self._latest = stream, wrapped
         else:
-            refuse_captured(wrapped)
+            refuse_captured(wrapped, _CAPTURED)
         return Use(self._traffic, self._residents, self._store, chosen, wrapped, write=write, in_place=in_place)
 
     # ----------------------------------------------------------------------------------------------- moves by hand

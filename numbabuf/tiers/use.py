@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _cuda
-from ..errors import BusyError, CaptureError
+from ..errors import BusyError
 from ..pool.fence import Fence
 from ..pool.spec import BufferState, Tier
 from .entry import MovableEntry
@@ -20,17 +20,7 @@ from .residents import Residents
 from .store import TierStore
 from .traffic import Traffic
 
-__all__ = ["Use", "refuse_captured"]
-
-
-def refuse_captured(stream: _cuda.Stream) -> None:
-    """Raise CaptureError for a stream that is being captured, but not by this thread through numbabuf."""
-    if not _cuda.capturing() and _cuda.is_capturing(stream):
-        raise CaptureError(
-            f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
-            "numbabuf, and no event can order moves round it: allocate the buffers without movable=True, and keep "
-            "them, unreleased, as long as the graph lives"
-        )
+__all__ = ["Use"]
 
 
 class Use(contextlib.AbstractContextManager[list[Any]]):

@@ -80,3 +80,15 @@ def test_a_prewarming_that_ends_early_says_how_far_it_came(capsys, shown_by):
             assert len(manager.prewarm(lambda step: None, on_progress=bar)) == 1
         assert "prewarm: stopped after 1 of 3" in capsys.readouterr().err
         assert manager.prewarm() and capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_called_is_refused_before_anything_runs():
+    calls = []
+    with PredictiveBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8]) as manager:
+        for refused in (
+            lambda: manager.capture_buckets(calls.append, on_progress=5),
+            lambda: manager.prewarm(calls.append, on_progress=True),
+        ):
+            with pytest.raises(TypeError, match="give a function of"):
+                refused()
+    assert not calls
