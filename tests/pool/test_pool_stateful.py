@@ -64,6 +64,9 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
         else:
             self.counts["misses"] += 1
             self.forget_idle()
+            if address in self.idle_addresses():  # a block was freed, and the system gave its address to the new one
+                self.take(address)
+                del self.blocks[address]
             assert address not in self.blocks
             self.blocks[address] = entry._held[0].block.nbytes
             assert bytes_of(spec) <= self.blocks[address] <= size_class(bytes_of(spec))
@@ -83,6 +86,15 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
         for address in self.idle_addresses() - there:
             self.take(address)
             del self.blocks[address]
+
+    def read_idle(self):
+        """After a reservation, one that failed too: the pool says what is idle, and in which order."""
+        self.idle = {}
+        for handle in self.pool._store.idle():
+            block = handle.block
+            self.blocks[block.address] = block.nbytes
+            self.last[block.address] = block.spec
+            self.idle.setdefault(block.nbytes, []).append(block.address)
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -136,14 +148,10 @@ class PoolAgainstDictionary(RuleBasedStateMachine):
             self.forget_idle()
             there = {block.address for block in self.pool._store.blocks}
             assert there == set(self.blocks), "a reservation that failed left a buffer behind"
+            self.read_idle()
             return
         self.forget_idle()
-        self.idle = {}
-        for handle in self.pool._store.idle():
-            block = handle.block
-            self.blocks[block.address] = block.nbytes
-            self.last[block.address] = block.spec
-            self.idle.setdefault(block.nbytes, []).append(block.address)
+        self.read_idle()
         for spec in wanted:
             own = size_class(bytes_of(spec))
             alike = [
