@@ -6,14 +6,15 @@ sizes, no slots and no memory. Sits above `graph`, below `program` and `fill`, w
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from .. import _cuda
 from ..pool.fence import Fence, Fences
 from .graph import CapturedStep
 
-__all__ = ["Graphs"]
+__all__ = ["Graphs", "totals"]
 
 
 class Graphs:
@@ -66,6 +67,11 @@ class Graphs:
     def largest(self, axis: int, rest: tuple[int, ...] = ()) -> int:
         """Return the largest size of `axis` among the graphs that cover `rest`, the sizes past the tokens."""
         return max(g.sizes[axis] for g in self._graphs if all(a >= b for a, b in zip(g.sizes[1:], rest, strict=False)))
+
+    def filled(self, tokens: int) -> int:
+        """Return the most tokens of a graph that a step of `tokens` fills, 0 where every graph has more."""
+        at = bisect_right(self._tokens, tokens)
+        return self._tokens[at - 1] if at else 0
 
     def add(self, new: list[CapturedStep]) -> None:
         """Put new graphs into the table, in place of those of the same sizes."""
@@ -151,3 +157,14 @@ class Graphs:
         assert self._tokens == [graph.sizes[0] for graph in self._graphs]
         sizes = [graph.sizes for graph in self._graphs]
         assert sizes == sorted(set(sizes)) == sorted(self._by_sizes), sizes
+
+
+def totals(tables: Iterable[Graphs]) -> tuple[dict[int, int], dict[int, int]]:
+    """Return the steps, and the live tokens, of all `tables` per bucket of tokens, the smallest first."""
+    steps: Counter[int] = Counter()
+    live: Counter[int] = Counter()
+    for table in tables:
+        for tokens, (ran, live_tokens) in table.counts().items():
+            steps[tokens] += ran
+            live[tokens] += live_tokens
+    return dict(sorted(steps.items())), dict(sorted(live.items()))

@@ -6,13 +6,14 @@ that a queued fill may still read. Sits above `ring`, below `shared`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from ..errors import ClosedError
+from .choice import Choice
 from .ring import Block
 from .slot import InputSlot
 
@@ -57,7 +58,7 @@ class Lease:
     """
 
     def __init__(
-        self, block: Block, rows: dict[str, tuple[InputSlot, int]], finish: Callable[[Lease, str, Any], Any]
+        self, block: Block, rows: dict[str, tuple[InputSlot, int]], finish: Callable[[Lease, str, Any, Any], Any]
     ) -> None:
         self._block = block
         self._rows = rows
@@ -95,15 +96,22 @@ class Lease:
         """End the lease and fill the slots; returns the views, padded to the bucket."""
         return self._end("fill")  # type: ignore[no-any-return]
 
-    def replay(self, *, each: Callable[[Any, int, int], None] | None = None) -> Any:
+    def replay(
+        self,
+        *,
+        at_least: int | Mapping[str, int] | None = None,
+        max_padding: float | None = None,
+        each: Callable[[Any, int, int], None] | None = None,
+    ) -> Any:
         """End the lease and replay the graph that serves the step; returns its result.
 
         A step that no graph covers is refused, run without one or split, as `InputBufferManager.replay` does it, and
-        `each` is as there.
+        the arguments are as there.
         """
         if each is not None:
             check_each(each)
-        return self._end("replay", each)
+        choice = None if at_least is None and max_padding is None else Choice.of(at_least, max_padding)
+        return self._end("replay", each, choice)
 
     def discard(self) -> None:
         """End the lease and give the block back unused."""
@@ -137,9 +145,9 @@ class Lease:
             array.flags.writeable = False
         self._open = False  # last: where an interrupt comes before it, the lease can be ended again
 
-    def _end(self, how: str, each: Each | None = None) -> Any:
+    def _end(self, how: str, each: Each | None = None, choice: Choice | None = None) -> Any:
         self._check_open()
-        self.result = self._finish(self, how, each)
+        self.result = self._finish(self, how, each, choice)
         return self.result
 
     def __enter__(self) -> Lease:

@@ -8,7 +8,6 @@ captures and replays one. The manager's own calls are those of its first program
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +17,14 @@ from ..errors import CaptureError
 from ..pool.pool import BufferPool, SimpleBufferPool
 from ..pool.spec import BufferSpec
 from ..resource import Resource
+from .choice import Choice
 from .fill import Fill
 from .graph import Step
-from .graphs import Graphs
+from .graphs import Graphs, totals
 from .layout import Layout, SlotSet
 from .lease import Lease
 from .overflow import Overflow
-from .program import CapturedSize, Program, check_function
+from .program import CapturedSize, Program, check_function, free_name
 from .shared import Shared
 from .slot import InputSlot
 from .stats import ManagerStats
@@ -393,6 +393,8 @@ class InputBufferManager(Resource):
         inputs: Mapping[str, Any],
         num_tokens: int,
         *,
+        at_least: int | Mapping[str, int] | None = None,
+        max_padding: float | None = None,
         each: Callable[[Any, int, int], None] | None = None,
         **sizes: int,
     ) -> Any:
@@ -404,6 +406,13 @@ class InputBufferManager(Resource):
             Host arrays by slot name, as for `stage_inputs`; here every name must be a static slot.
         num_tokens : int
             Live tokens.
+        at_least : int, or mapping of axis to int, optional
+            The least padded size, so that data-parallel ranks run graphs of one size; an int is a number of tokens.
+            The pieces of a split step have it, too.
+        max_padding : float, optional
+            The most padded tokens for each live token (or each that `at_least` asks for), 1.0 or more. No graph covers
+            a step that needs more padding, and `overflow` decides; "split" fills smaller graphs, but for the last
+            piece, which max_padding does not bind.
         each : callable, optional
             With `overflow` "split": called as ``each(result, start, stop)`` after each piece of a step that was split
             is queued, the moment to queue what reads its result, which the next piece overwrites. Other threads' steps
@@ -431,7 +440,8 @@ class InputBufferManager(Resource):
         Returns when the step is queued; `synchronize` waits for it. The inputs may be overwritten as soon as this
         returns. Waits only when the ring is full of steps that the device has not read yet, and counts that.
         """
-        return self._first.run(inputs, num_tokens, each, sizes)
+        choice = None if at_least is None and max_padding is None else Choice.of(at_least, max_padding)
+        return self._first.run(inputs, num_tokens, each, sizes, choice)
 
     # --------------------------------------------------------------------------------------------------- programs
 
@@ -470,7 +480,7 @@ class InputBufferManager(Resource):
             self._shared.check_open()
             policy = Overflow(self.overflow if overflow is None else overflow)
             self._forget_closed()
-            name = _free_name(fn, self._programs) if name is None else name
+            name = free_name(fn, self._programs) if name is None else name
             if not isinstance(name, str) or not name:
                 raise TypeError(f"name is {name!r}: give a non-empty string, or None")
             if name in self._programs:
@@ -574,23 +584,18 @@ class InputBufferManager(Resource):
         shared = self._shared
         with shared.lock:
             arena, programs = shared.arena, self._programs
-            steps: Counter[int] = Counter()
-            live: Counter[int] = Counter()
-            for graphs in (self._gone, *shared.tables):
-                for tokens, (ran, tokens_in_them) in graphs.counts().items():
-                    steps[tokens] += ran
-                    live[tokens] += tokens_in_them
+            steps, live = totals((self._gone, *shared.tables))
             return ManagerStats(
-                steps=steps.total(),
-                live_tokens=live.total(),
+                steps=sum(steps.values()),
+                live_tokens=sum(live.values()),
                 padded_tokens=sum(tokens * ran for tokens, ran in steps.items()),
-                buckets=dict(sorted(steps.items())),
+                buckets=steps,
                 overflows=self._gone_overflows + sum(program.overflow.count for program in programs.values()),
                 ring_waits=shared.waits + (arena.ring.waits if arena else 0),
                 graphs=sum(len(table) for table in shared.tables if table is not shared.fills),
                 arena_bytes=arena.layout.arena_bytes if arena else 0,
                 ring_bytes=arena.ring_bytes if arena else 0,
-                bucket_tokens=dict(sorted(live.items())),
+                bucket_tokens=live,
                 programs={name: program.stats() for name, program in self.programs.items()},
             )
 
@@ -628,12 +633,3 @@ class InputBufferManager(Resource):
         shared, name = self._shared, type(self).__name__
         state = "closed" if self.closed else f"{sum(len(table) for table in shared.tables[1:])} graphs"
         return f"{name}({len(self.slots)} slots, {self.max_tokens} tokens, ring={shared.depth}, {state})"
-
-
-def _free_name(fn: Callable[[Step], Any], taken: Mapping[str, Program]) -> str:
-    """Return the name of a function, with a number where that is taken."""
-    name = free = str(getattr(fn, "__name__", type(fn).__name__))
-    number = 1
-    while free in taken:
-        number, free = number + 1, f"{name}-{number + 1}"
-    return free

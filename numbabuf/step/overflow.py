@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..checks import outside
 from ..errors import BucketOverflowError, GraphMissingError
 from .arena import Arena
+from .choice import Choice
 from .graph import CapturedStep
 from .graphs import Graphs
 from .layout import Layout
@@ -120,18 +121,26 @@ class Overflow:
         self._warned = False
 
     def run(
-        self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...], each: Each | None
+        self,
+        shared: Shared,
+        arena: Arena,
+        program: Program,
+        inputs: Any,
+        live: tuple[int, ...],
+        each: Each | None,
+        choice: Choice,
     ) -> Any:
-        """Run a step of `program` that none of its graphs covers, or raise."""
+        """Run a step of `program` that none of its graphs covers as `choice` asks, or raise."""
         if not program.graphs:
             raise GraphMissingError("no graph is captured: call capture_buckets(fn), or use `with capture(n)`, first")
         if self.policy != "raise":
             arena.refuse_others(inputs)
-        if self.policy == "split" and _can_split(arena.layout, inputs, live):
-            return self._split(arena, program.graphs, inputs, live, each)
+        wanted = choice.wanted(arena.layout, live)
+        if self.policy == "split" and _can_split(arena.layout, program.graphs, inputs, live, choice):
+            return self._split(arena, program.graphs, inputs, live, each, choice)
         if self.policy == "eager":
-            return self._eager(shared, arena, program, inputs, live)
-        raise self._uncovered(arena.layout, program, inputs, live)
+            return self._eager(shared, arena, program, inputs, live, wanted)
+        raise self._uncovered(arena.layout, program, inputs, live, choice)
 
     def submit(self, arena: Arena, graphs: Graphs, target: CapturedStep, live: tuple[int, ...]) -> None:
         """Queue and count a step without a graph, and say so once. Its inputs are written, so they are good."""
@@ -142,24 +151,34 @@ class Overflow:
         self.count += 1
         graphs.retire(target)
 
-    def _eager(self, shared: Shared, arena: Arena, program: Program, inputs: Any, live: tuple[int, ...]) -> Any:
-        """Run fill and function without a graph."""
+    def _eager(
+        self,
+        shared: Shared,
+        arena: Arena,
+        program: Program,
+        inputs: Any,
+        live: tuple[int, ...],
+        wanted: tuple[int, ...],
+    ) -> Any:
+        """Run fill and function without a graph, padded to the sizes `wanted`."""
         if program.function is None:
             raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")
-        arena.layout.check(live)
-        target = shared.plain(arena, live)
+        arena.layout.check(wanted)
+        target = shared.plain(arena, wanted)
         arena.write_all(inputs, live, target.padded)
         self.submit(arena, program.graphs, target, live)
         return program.function(target.step)
 
-    def _split(self, arena: Arena, graphs: Graphs, inputs: Any, live: tuple[int, ...], each: Each | None) -> Any:
-        """Replay a step in pieces of the largest captured number of tokens; its slots follow tokens or nothing."""
-        pieces = cut(inputs, live[0], graphs.largest(0), arena.layout.slots)
+    def _split(
+        self, arena: Arena, graphs: Graphs, inputs: Any, live: tuple[int, ...], each: Each | None, choice: Choice
+    ) -> Any:
+        """Replay a step in pieces that fill the largest graph they can; its slots follow tokens or nothing."""
+        pieces = cut(inputs, live[0], graphs.filled(live[0]), arena.layout.slots)
         self.count += 1
         result = None
         for start, stop, piece in pieces:
             sizes = (stop - start,)
-            target = graphs.covering(sizes)
+            target = graphs.covering(choice.wanted(arena.layout, sizes))
             assert target is not None
             arena.write(arena.ring.acquire(), piece, sizes, target.padded)
             result = arena.submit(target, stop - start)
@@ -167,33 +186,49 @@ class Overflow:
                 each(result, start, stop)
         return result
 
-    def _uncovered(self, layout: Layout, program: Program, inputs: Any, live: tuple[int, ...]) -> Exception:
+    def _uncovered(
+        self, layout: Layout, program: Program, inputs: Any, live: tuple[int, ...], choice: Choice
+    ) -> Exception:
         """The error for a step that no captured graph covers; the policies that it names would run this very step."""
-        largest = [program.graphs.largest(axis) for axis in range(len(live))]
-        over = [axis for axis, size in enumerate(live) if size > largest[axis]]
-        ways = ["eager"] if layout.holds(live) and program.function is not None else []
-        if self.policy != "split" and _can_split(layout, inputs, live):
+        graphs, wanted = program.graphs, choice.wanted(layout, live)
+        largest = [graphs.largest(axis) for axis in range(len(wanted))]
+        over = [axis for axis, size in enumerate(wanted) if size > largest[axis]]
+        ways = ["eager"] if layout.holds(wanted) and program.function is not None else []
+        if self.policy != "split" and _can_split(layout, graphs, inputs, live, choice):
             ways.append("split")
-        why, whole = "", uncut(layout.slots)
+        why = f" (at_least asks for {dict(choice.at_least)})" if wanted != live else ""
+        whole = uncut(layout.slots)
         if self.policy == "split" and whole is not None:
             follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis
-            why = (
+            why += (
                 f"; overflow='split' cuts along the tokens alone, and of slot {whole.name!r}, which follows {follows}, "
                 "every piece would get the whole"
             )
         if over:  # first what the slots cannot hold, for which no bucket helps
-            axis = max(over, key=lambda axis: (live[axis] > layout.limits[axis], axis))
-            return layout.too_large(axis, live[axis], largest[axis], ways, why)
+            axis = max(over, key=lambda axis: (wanted[axis] > layout.limits[axis], axis))
+            return layout.too_large(axis, wanted[axis], largest[axis], ways, why)
         offer = f", or make the manager with overflow={' or '.join(map(repr, ways))}" if ways else ""
+        graph = graphs.covering(wanted)
+        if graph is not None:
+            return BucketOverflowError(
+                f"this step has {layout.named(wanted)}: the smallest graph for it has {graph.sizes[0]} tokens, more than "
+                f"max_padding={choice.max_padding:g} times as many; capture a size between{offer}{why}"
+            )
         return BucketOverflowError(
-            f"this step has {layout.named(live)}: there is a graph for each of these sizes, and none for all of them; "
+            f"this step has {layout.named(wanted)}: there is a graph for each of these sizes, and none for all of them; "
             f"capture this one, or a larger, as well{offer}{why}"
         )
 
 
-def _can_split(layout: Layout, inputs: Any, live: tuple[int, ...]) -> bool:
-    """Whether "split" runs a step: no slot is left uncut, and the slots or an input bound its length."""
+def _can_split(layout: Layout, graphs: Graphs, inputs: Any, live: tuple[int, ...], choice: Choice) -> bool:
+    """Whether "split" runs a step: no slot is left uncut, and the slots or an input bound its length.
+
+    A piece fills its graph, but for the last. Nor is there a piece of a size that only the whole step could have.
+    """
     if uncut(layout.slots) is not None:
+        return False
+    width = graphs.filled(live[0])
+    if width < max(1, *choice.wanted(layout, layout.nothing)):
         return False
     if live[0] <= layout.limits[0]:
         return True

@@ -19,6 +19,7 @@ from ..checks import OnProgress, check_progress
 from ..errors import BucketOverflowError, ClosedError, GraphMissingError
 from ..resource import Resource
 from .arena import Arena
+from .choice import SMALLEST, Choice
 from .fill import Fill
 from .graph import CapturedStep, Step
 from .graphs import Graphs
@@ -28,7 +29,7 @@ from .overflow import Overflow
 from .shared import Shared
 from .stats import ProgramStats
 
-__all__ = ["CapturedSize", "Program", "check_function"]
+__all__ = ["CapturedSize", "Program", "check_function", "free_name"]
 
 _log = logging.getLogger("numbabuf")
 _this_thread = _cuda.this_thread
@@ -71,6 +72,15 @@ def check_function(fn: object) -> None:
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(kind(code) for kind in kinds for code in (fn, type(fn).__call__)):
         raise TypeError(f"fn is {fn!r}, whose call runs none of its code: give a function without async or yield")
+
+
+def free_name(fn: Callable[[Step], Any], taken: Mapping[str, Program]) -> str:
+    """Return the name of a function, with a number where that is taken."""
+    name = free = str(getattr(fn, "__name__", type(fn).__name__))
+    number = 1
+    while free in taken:
+        number, free = number + 1, f"{name}-{number + 1}"
+    return free
 
 
 class Program(Resource):
@@ -127,6 +137,8 @@ class Program(Resource):
         inputs: Mapping[str, Any],
         num_tokens: int,
         *,
+        at_least: int | Mapping[str, int] | None = None,
+        max_padding: float | None = None,
         each: Callable[[Any, int, int], None] | None = None,
         **sizes: int,
     ) -> Any:
@@ -134,10 +146,18 @@ class Program(Resource):
 
         See `InputBufferManager.replay`.
         """
-        return self.run(inputs, num_tokens, each, sizes)
+        choice = None if at_least is None and max_padding is None else Choice.of(at_least, max_padding)
+        return self.run(inputs, num_tokens, each, sizes, choice)
 
-    def run(self, inputs: Mapping[str, Any], num_tokens: int, each: Each | None, sizes: Mapping[str, int]) -> Any:
-        """Run one step; `replay` with its sizes in a mapping."""
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        num_tokens: int,
+        each: Each | None,
+        sizes: Mapping[str, int],
+        choice: Choice | None = None,
+    ) -> Any:
+        """Run one step; `replay` with its sizes in a mapping, and what it asks of its graph checked."""
         # Hot path, guarded by benchmarks/step.py.
         shared = self._shared
         if shared.inside():
@@ -153,28 +173,31 @@ class Program(Resource):
                     live = shared.begin_step(arena, num_tokens, sizes)
                 else:
                     live = (num_tokens,) if arena.one_axis else arena.layout.live(num_tokens, sizes)
-                target = self.graphs.covering(live)
+                graphs = self.graphs
+                target = graphs.covering(live) if choice is None else choice.graph(graphs, arena.layout, live)
                 if target is None:
-                    result = self._run_uncovered(arena, inputs, live, each)
+                    result = self._run_uncovered(arena, inputs, live, each, choice)
                 else:
                     if arena.write(arena.ring.acquire(), inputs, live, target.padded) != len(inputs):
                         arena.refuse_others(inputs)
                     result = arena.submit(target, live[0])
         if arena is None:  # memory is made with no lock held; then the step begins anew
             shared.prepare("replay")
-            return self.run(inputs, num_tokens, each, sizes)
+            return self.run(inputs, num_tokens, each, sizes, choice)
         if self.observer is not None:
             self.observe(live[0])
         return result
 
-    def _run_uncovered(self, arena: Arena, inputs: Mapping[str, Any], live: tuple[int, ...], each: Each | None) -> Any:
+    def _run_uncovered(
+        self, arena: Arena, inputs: Mapping[str, Any], live: tuple[int, ...], each: Each | None, choice: Choice | None
+    ) -> Any:
         """Run a step that no graph covers after the policy, or raise."""
         if self._closed:
             raise ClosedError(f"program {self.name!r} is closed: make a new one with manager.program(fn)")
         try:
-            return self.overflow.run(self._shared, arena, self, inputs, live, each)
+            return self.overflow.run(self._shared, arena, self, inputs, live, each, choice or SMALLEST)
         except BucketOverflowError:
-            self.refuse(live[0])
+            self.refuse(live[0] if choice is None else max(live[0], choice.at_least.get("tokens", 0)))
             raise
 
     def observe(self, num_tokens: int) -> None:
@@ -206,7 +229,9 @@ class Program(Resource):
             shared.lease = Lease(arena.ring.acquire(), rows, functools.partial(self._end_lease, arena, live))
             return shared.lease
 
-    def _end_lease(self, arena: Arena, live: tuple[int, ...], lease: Lease, how: str, each: Each | None) -> Any:
+    def _end_lease(
+        self, arena: Arena, live: tuple[int, ...], lease: Lease, how: str, each: Each | None, choice: Choice | None
+    ) -> Any:
         shared = self._shared
         with shared.alone("the end of a lease"):
             if how != "discard":
@@ -215,6 +240,8 @@ class Program(Resource):
                 _cuda.require()
             if how == "fill":
                 self._fill.check_device(arena, live)  # what is refused leaves the lease open
+            if choice is not None:
+                choice.wanted(arena.layout, live)  # likewise
             lease.expire()  # here, as two threads may end it at once, and `close` too
             shared.lease = None
             if how == "discard":
@@ -225,18 +252,20 @@ class Program(Resource):
             if how == "fill":
                 result: Any = self._fill.end_lease(arena, live, lease, self)
             else:
-                result = self._replay_lease(arena, live, lease, each)
+                result = self._replay_lease(arena, live, lease, each, choice)
         if self.observer is not None:
             self.observe(live[0])
         return result
 
-    def _replay_lease(self, arena: Arena, live: tuple[int, ...], lease: Lease, each: Each | None) -> Any:
-        target = self.graphs.covering(live)
+    def _replay_lease(
+        self, arena: Arena, live: tuple[int, ...], lease: Lease, each: Each | None, choice: Choice | None
+    ) -> Any:
+        target = self.graphs.covering(live) if choice is None else choice.graph(self.graphs, arena.layout, live)
         if target is None:
             # As any other inputs, though they lie in the very block that is written first: a whole step over itself,
             # a piece to where an earlier one lay. No other step gets the block before the last piece is written: the
             # lock keeps other threads out, and `Shared.refuse_inside` what `each` might stage in this one.
-            return self._run_uncovered(arena, lease.written, live, each)
+            return self._run_uncovered(arena, lease.written, live, each, choice)
         arena.describe(lease.block, lease.written, live, target.padded)
         return arena.submit(target, live[0])
 

@@ -225,11 +225,11 @@ def test_closing_the_manager_while_another_thread_ends_the_lease():
     lease = manager.stage(3)
     finish, ending, closed, errors = lease._finish, threading.Event(), threading.Event(), []
 
-    def late(lease, how, each):
+    def late(lease, *rest):
         if threading.current_thread() is not threading.main_thread():
             ending.set()
             closed.wait(30)
-        return finish(lease, how, each)
+        return finish(lease, *rest)
 
     def end():
         try:
