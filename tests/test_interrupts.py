@@ -75,7 +75,7 @@ def test_an_interrupt_anywhere(name):
         where = interrupt(lambda world=world: quietly(act, world), at)
         m = world.m
         assert m._shared.capturing.thread is None and not _cuda.captures, where
-        lease = m._lease
+        lease = m._shared.lease
         if lease is not None and lease.open:  # it was on its way to the with block that would have ended it
             lease.discard()
         try:

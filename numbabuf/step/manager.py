@@ -14,17 +14,19 @@ from typing import Any
 from .. import _cuda, config
 from ..checks import OnProgress, whole_number
 from ..errors import CaptureError
+from ..pool.fence import Fences
 from ..pool.pool import BufferPool, SimpleBufferPool
 from ..pool.spec import BufferSpec
 from ..resource import Resource
 from .choice import Choice
 from .fill import Fill
 from .graph import Step
-from .graphs import Graphs, totals
 from .layout import Layout, SlotSet
 from .lease import Lease
+from .order import put_behind
 from .overflow import Overflow
-from .program import CapturedSize, Program, check_function, free_name
+from .program import CapturedSize, Program, check_function
+from .programs import Programs
 from .shared import Shared
 from .slot import InputSlot
 from .stats import ManagerStats
@@ -125,10 +127,9 @@ class InputBufferManager(Resource):
         self.owns_pool = pool is None
         self._shared = Shared(SimpleBufferPool() if pool is None else pool, queue, slots, depth)
         self._fill = Fill(self._shared, policy)
-        self._first = Program(self._shared, self._fill, "main", None, policy)
-        self._programs = {"main": self._first}
-        self._gone = Graphs(queue)  # the counts of programs that are closed
-        self._gone_overflows = 0
+        self._programs = Programs(self._shared, self._fill, policy)
+        self._first = self._programs.first
+        self._fences = Fences()
         if default_slots:
             for name in ("input_ids", "positions"):
                 self.register_slot(name, BufferSpec(self.max_tokens, "int64"), index=True)
@@ -242,8 +243,7 @@ class InputBufferManager(Resource):
 
     @observer.setter
     def observer(self, observer: Callable[[int, Program], Any] | None) -> None:
-        for program in self._programs.values():
-            program.observer = observer
+        self._programs.observe(observer)
 
     # ------------------------------------------------------------------------------------------------- fill alone
 
@@ -285,10 +285,8 @@ class InputBufferManager(Resource):
 
         Parameters
         ----------
-        num_tokens : int
-            Live tokens.
-        **sizes : int
-            The step's other sizes.
+        num_tokens, **sizes : int
+            As for `stage_inputs`.
 
         Returns
         -------
@@ -313,10 +311,8 @@ class InputBufferManager(Resource):
 
         Parameters
         ----------
-        num_tokens : int
-            Rounded up to its bucket.
-        **sizes : int
-            The other sizes, rounded up likewise.
+        num_tokens, **sizes : int
+            Rounded up to their buckets.
 
         Yields
         ------
@@ -404,8 +400,8 @@ class InputBufferManager(Resource):
         ----------
         inputs : mapping of str to array
             Host arrays by slot name, as for `stage_inputs`; here every name must be a static slot.
-        num_tokens : int
-            Live tokens.
+        num_tokens, **sizes : int
+            As for `stage_inputs`.
         at_least : int, or mapping of axis to int, optional
             The least padded size, so that data-parallel ranks run graphs of one size; an int is a number of tokens.
             The pieces of a split step have it, too.
@@ -418,8 +414,6 @@ class InputBufferManager(Resource):
             is queued, the moment to queue what reads its result, which the next piece overwrites. Other threads' steps
             wait meanwhile; it must not wait for a thread that uses this manager, and its own calls of it raise
             BusyError.
-        **sizes : int
-            The step's other sizes.
 
         Returns
         -------
@@ -478,31 +472,13 @@ class InputBufferManager(Resource):
         check_function(fn)
         with self._shared.alone("program"):
             self._shared.check_open()
-            policy = Overflow(self.overflow if overflow is None else overflow)
-            self._forget_closed()
-            name = free_name(fn, self._programs) if name is None else name
-            if not isinstance(name, str) or not name:
-                raise TypeError(f"name is {name!r}: give a non-empty string, or None")
-            if name in self._programs:
-                raise ValueError(f"a program {name!r} is open already: close it first, or give another name")
-            program = Program(self._shared, self._fill, name, fn, policy, buckets, self.max_tokens)
-            program.observer, program.refusal_observer = self._first.observer, self._first.refusal_observer
-            self._programs = {**self._programs, name: program}  # a new one: other threads may be reading the old
-            return program
-
-    def _forget_closed(self) -> None:
-        """Let closed programs go, but for their counts."""
-        for name, program in self._programs.items():
-            if program.closed and program is not self._first:
-                self._programs = {other: kept for other, kept in self._programs.items() if other != name}
-                self._shared.tables.remove(program.graphs)
-                self._gone.absorb(program.graphs)
-                self._gone_overflows += program.overflow.count
+            policy = self.overflow if overflow is None else overflow
+            return self._programs.add(fn, name, buckets, policy, self.max_tokens)
 
     @property
     def programs(self) -> dict[str, Program]:
         """The open programs by name; the first, of the manager's own calls, is "main"."""
-        return {name: program for name, program in self._programs.items() if not program.closed}
+        return self._programs.open
 
     @property
     def captured(self) -> tuple[CapturedSize, ...]:
@@ -529,6 +505,45 @@ class InputBufferManager(Resource):
                 "synchronize was called inside a captured function, which no graph can hold: wait after the replay"
             )
         self._shared.synchronize()
+
+    def wait_for(self, other: InputBufferManager | _cuda.StreamLike | None) -> None:
+        """Put what this manager queues from now on behind what is queued on `other` so far; the host does not wait.
+
+        ::
+
+            other   step 1 ---+   step 2 ----->
+                              |
+            this              +-> step 1 ----->
+
+        Parameters
+        ----------
+        other
+            A manager, or a stream as for `InputBufferManager`; None for the default stream.
+
+        Raises
+        ------
+        ClosedError
+            One of the managers is closed.
+        CaptureError
+            A capture is open in this thread or on one of the streams.
+        BackendError
+            `other` is on another device.
+
+        Notes
+        -----
+        Cost: an event and a wait; none where both managers have one stream. Where the next step of `other` overwrites
+        what this manager's steps read, it waits in turn: ``other.wait_for(manager)``.
+        """
+        shared = self._shared
+        if isinstance(other, InputBufferManager):
+            with other._shared.lock:  # never both locks: two managers may wait for each other in two threads
+                other._shared.check_open()
+            stream = other._shared.stream
+        else:
+            stream = _cuda.default_stream() if other is None else _cuda.as_stream(other)
+        with shared.alone("wait_for"):
+            shared.check_open()
+            put_behind(shared, stream, self._fences)
 
     def release_all(self) -> None:
         """Close the graphs and give all memory back to the pool; the slots stay registered.
@@ -567,6 +582,7 @@ class InputBufferManager(Resource):
                         self.owns_pool &= not self.closed  # its frees would fail like this, at every further close
                         raise
                 self._first.function = None
+        self._fences = Fences()  # the events of the old go with the pool's memory
         if self.owns_pool:
             self.owns_pool = False
             try:
@@ -583,14 +599,14 @@ class InputBufferManager(Resource):
         """Return one consistent snapshot of the counters."""
         shared = self._shared
         with shared.lock:
-            arena, programs = shared.arena, self._programs
-            steps, live = totals((self._gone, *shared.tables))
+            arena = shared.arena
+            steps, live = self._programs.totals()
             return ManagerStats(
                 steps=sum(steps.values()),
                 live_tokens=sum(live.values()),
                 padded_tokens=sum(tokens * ran for tokens, ran in steps.items()),
                 buckets=steps,
-                overflows=self._gone_overflows + sum(program.overflow.count for program in programs.values()),
+                overflows=self._programs.overflows,
                 ring_waits=shared.waits + (arena.ring.waits if arena else 0),
                 graphs=sum(len(table) for table in shared.tables if table is not shared.fills),
                 arena_bytes=arena.layout.arena_bytes if arena else 0,
@@ -616,11 +632,6 @@ class InputBufferManager(Resource):
             if shared.arena is not None:
                 shared.synchronize()
                 shared.arena.check()
-
-    @property
-    def _lease(self) -> Lease | None:
-        """The lease that `stage` gave out last, until it is ended."""
-        return self._shared.lease
 
     @property
     def pending(self) -> tuple[int, int] | None:

@@ -29,7 +29,7 @@ from .overflow import Overflow
 from .shared import Shared
 from .stats import ProgramStats
 
-__all__ = ["CapturedSize", "Program", "check_function", "free_name"]
+__all__ = ["CapturedSize", "Program", "check_function"]
 
 _log = logging.getLogger("numbabuf")
 _this_thread = _cuda.this_thread
@@ -72,15 +72,6 @@ def check_function(fn: object) -> None:
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(kind(code) for kind in kinds for code in (fn, type(fn).__call__)):
         raise TypeError(f"fn is {fn!r}, whose call runs none of its code: give a function without async or yield")
-
-
-def free_name(fn: Callable[[Step], Any], taken: Mapping[str, Program]) -> str:
-    """Return the name of a function, with a number where that is taken."""
-    name = free = str(getattr(fn, "__name__", type(fn).__name__))
-    number = 1
-    while free in taken:
-        number, free = number + 1, f"{name}-{number + 1}"
-    return free
 
 
 class Program(Resource):
