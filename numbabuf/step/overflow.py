@@ -211,12 +211,12 @@ class Overflow:
         graph = graphs.covering(wanted)
         if graph is not None:
             return BucketOverflowError(
-                f"this step has {layout.named(wanted)}: the smallest graph for it has {graph.sizes[0]} tokens, more than "
+                f"this step has {layout.named(wanted)}: its smallest graph has {graph.sizes[0]} tokens, more than "
                 f"max_padding={choice.max_padding:g} times as many; capture a size between{offer}{why}"
             )
         return BucketOverflowError(
-            f"this step has {layout.named(wanted)}: there is a graph for each of these sizes, and none for all of them; "
-            f"capture this one, or a larger, as well{offer}{why}"
+            f"this step has {layout.named(wanted)}: there is a graph for each of these sizes, and none for all of "
+            f"them; capture this one, or a larger, as well{offer}{why}"
         )
 
 

@@ -464,12 +464,14 @@ def public(thing):
 ARGUMENTS = {
     "allocate": (BufferSpec(4),), "reserve": ([BufferSpec(4)],), "trim": (0,), "register_slot": ("late", BufferSpec(4)),
     "stage_inputs": ({}, 0), "replay": ({}, 0), "stage": (0,), "capture_buckets": (lambda step: None,),
-    "program": (lambda step: None,), "wait_for": (None,), "get_slot": ("input_ids",), "record_usage": (3,), "plan_buckets": (2,),
+    "program": (lambda step: None,), "wait_for": (None,),
+    "get_slot": ("input_ids",), "record_usage": (3,), "plan_buckets": (2,),
     "promote": ([],), "demote": ([],), "prefetch": ([],),
 }  # fmt: skip
 REFUSED = {
     "manager": {
-        "stage_inputs", "replay", "stage", "capture", "capture_buckets", "register_slot", "get_static_tensors", "wait_for",
+        "stage_inputs", "replay", "stage", "capture", "capture_buckets", "register_slot", "get_static_tensors",
+        "wait_for",
     },
     "pool": {"allocate", "reserve"},
     "hierarchy": {"allocate", "reserve", "use", "promote", "demote", "prefetch"},
