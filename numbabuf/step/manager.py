@@ -536,9 +536,10 @@ class InputBufferManager(Resource):
         """
         shared = self._shared
         if isinstance(other, InputBufferManager):
-            with other._shared.lock:  # never both locks: two managers may wait for each other in two threads
-                other._shared.check_open()
-            stream = other._shared.stream
+            theirs = other._shared  # noqa: SLF001  # this very class
+            with theirs.lock:  # never both locks: two managers may wait for each other in two threads
+                theirs.check_open()
+            stream = theirs.stream
         else:
             stream = _cuda.default_stream() if other is None else _cuda.as_stream(other)
         with shared.alone("wait_for"):
