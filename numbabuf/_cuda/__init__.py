@@ -39,8 +39,8 @@ else:
 __all__ = [
     "PER_THREAD", "SIM", "Capture", "DeviceArray", "Event", "Graph", "Lifetime", "NumbaStream", "Stream", "StreamLike",
     "SupportsCudaArray", "SupportsCudaStream", "SupportsDLPack", "address", "as_stream", "backend", "captures",
-    "capturing", "configure", "copy", "cuda", "default_stream", "device_bytes", "device_count", "device_id",
-    "device_name", "device_view", "dlpack_exporter", "empty_device", "empty_managed", "empty_pinned",
+    "capturing", "configure", "copy", "cuda", "current_device", "default_stream", "device_bytes", "device_count",
+    "device_id", "device_name", "device_view", "dlpack_exporter", "empty_device", "empty_managed", "empty_pinned",
     "flush_pending_frees", "from_dlpack", "host_view", "is_capture_error", "is_capturing", "is_context_error",
     "is_out_of_memory", "launch", "launch_shape", "lifetime", "memory_info", "on_device", "one_device", "open_capture",
     "refresh", "require", "settle_on_host", "synchronize", "this_thread", "watch_forks", "watch_operands", "zero",
@@ -49,6 +49,7 @@ __all__ = [
 PER_THREAD = _backend.PER_THREAD
 require, lifetime, synchronize = _backend.require, _backend.lifetime, _backend.synchronize
 device_id, device_name, memory_info = _backend.device_id, _backend.device_name, _backend.memory_info
+current_device = _backend.current_device
 empty_device, empty_pinned, empty_managed = _backend.empty_device, _backend.empty_pinned, _backend.empty_managed
 address, device_view, zero, settle_on_host = (
     _backend.address, _backend.device_view, _backend.zero, _backend.settle_on_host

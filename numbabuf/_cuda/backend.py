@@ -104,6 +104,8 @@ class Stream(Protocol):
         What graphs are launched on: a cuda.core stream.
     handle : int
         The driver's handle; 0 for the legacy default stream however it was named.
+    raw
+        The handle as the driver's calls take it fastest.
     thread
         None, or for a per-thread default stream the token of the thread whose stream it is: the same handle means
         another stream in every thread.
@@ -112,6 +114,7 @@ class Stream(Protocol):
     numba: Any
     core: Any
     handle: int
+    raw: Any
     thread: object | None
 
     @property
@@ -334,7 +337,8 @@ class Backend(Devices, Memory, Protocol):
     def is_capturing(self, stream: _Stream) -> bool:
         """Return whether a `Stream` is being captured into a graph, by numbabuf or by anything else.
 
-        Cost: 0.4 us; the driver is asked, as what another library captures is not known otherwise.
+        A closed stream is not. Cost: 0.3 us, as the driver is asked: what another library captures is not known
+        otherwise.
         """
 
     def configure(

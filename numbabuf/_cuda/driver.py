@@ -66,7 +66,7 @@ def _attach() -> Lifetime:
 
 def current_device() -> int | None:
     code, device = bindings.cuCtxGetDevice()
-    return int(device) if code == bindings.CUresult.CUDA_SUCCESS else None
+    return int(device) if code is _SUCCESS else None
 
 
 def _drop_dead_contexts() -> None:
@@ -325,11 +325,12 @@ def _error(name: str, code: Any) -> Exception:
 class Stream:
     """See `backend.Stream`."""
 
-    __slots__ = ("__weakref__", "core", "handle", "numba", "thread")
+    __slots__ = ("__weakref__", "core", "handle", "numba", "raw", "thread")
 
     def __init__(self, core: Any, thread: object | None = None) -> None:
         self.core = core
         self.handle = int(core.handle)
+        self.raw = bindings.CUstream(self.handle)
         self.thread = thread
         self.numba = cuda.external_stream(self.handle)
         self.numba.owner = core  # the Numba stream keeps the driver's stream alive
@@ -360,7 +361,7 @@ class Stream:
         if self.elsewhere:
             cuda.synchronize()
             return True
-        return _is_done("cuStreamQuery", bindings.cuStreamQuery(self.handle)[0])
+        return _is_done("cuStreamQuery", bindings.cuStreamQuery(self.raw)[0])
 
 
 def new_stream() -> Stream:
@@ -428,10 +429,10 @@ if bindings is not None:
 
 
 def is_capturing(stream: backend.Stream) -> bool:
-    handle, thread = stream.handle, stream.thread
-    if handle <= LEGACY or (thread is not None and thread is not this_thread.token):
-        return False  # the legacy default stream cannot be captured, and asking it ends the captures of others
-    code, status = _capture_status(handle)
+    # The legacy default stream cannot be captured, and asking it ends the captures of others.
+    if stream.handle <= LEGACY or (stream.thread is not None and stream.elsewhere) or stream.closed:
+        return False
+    code, status = _capture_status(stream.raw)
     return status is not _NOT_CAPTURED and int(code) == 0
 
 
@@ -478,12 +479,12 @@ class Event:
         else:  # the driver records an event only on streams of the context that it was made in
             with device_context(device):
                 self._event = cuda.event(timing=False)
-        self._handle = int(self._event.handle)
+        self._handle = bindings.CUevent(int(self._event.handle))
 
     def record(self, stream: backend.Stream) -> None:
-        if stream.elsewhere:
+        if stream.thread is not None and stream.elsewhere:
             raise RuntimeError("a per-thread default stream can be recorded by its own thread alone")
-        (code,) = bindings.cuEventRecord(self._handle, stream.handle)
+        (code,) = bindings.cuEventRecord(self._handle, stream.raw)
         if code is not _SUCCESS:
             raise _error("cuEventRecord", code)
 
@@ -494,8 +495,8 @@ class Event:
         self._event.synchronize()
 
     def wait(self, stream: backend.Stream) -> None:
-        if stream.elsewhere:
+        if stream.thread is not None and stream.elsewhere:
             raise RuntimeError("a per-thread default stream can be made to wait by its own thread alone")
-        (code,) = bindings.cuStreamWaitEvent(stream.handle, self._handle, 0)
+        (code,) = bindings.cuStreamWaitEvent(stream.raw, self._handle, 0)
         if code is not _SUCCESS:
             raise _error("cuStreamWaitEvent", code)

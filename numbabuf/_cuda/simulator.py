@@ -179,6 +179,7 @@ class Stream:
 
     elsewhere = False
     device = 0
+    raw = None
 
     def __init__(self, numba: RecordingStream) -> None:
         self.numba: Any = numba
@@ -204,7 +205,7 @@ def default_stream() -> Stream:
 
 
 def is_capturing(stream: backend.Stream) -> bool:
-    return getattr(stream.numba, "capture", None) is not None
+    return not stream.closed and getattr(stream.numba, "capture", None) is not None
 
 
 def wrap_stream(stream: StreamLike) -> Stream:

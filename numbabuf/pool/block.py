@@ -41,9 +41,11 @@ class Memory:
         Ordinal of the device that the memory is on, or that pinned memory was made for.
     life : Lifetime
         That of the context that the memory is in.
+    line : int
+        The key of the free list of its capacity.
     """
 
-    __slots__ = ("__weakref__", "base", "device", "life", "_device_views", "_views")
+    __slots__ = ("__weakref__", "base", "device", "life", "line", "_device_views", "_views")
 
     def __init__(self, tier: Tier, nbytes: int) -> None:
         # One driver allocation, by the door's own functions: looked up here, so that a test may replace them.
@@ -55,6 +57,7 @@ class Memory:
         self.base: Any = make(nbytes)
         self.device = _cuda.device_id()
         self.life = _cuda.lifetime()
+        self.line = line_key(tier, nbytes)
         self._views: dict[BufferSpec, Any] = {}
         self._device_views: dict[BufferSpec, Any] = {}
 
@@ -141,7 +144,7 @@ class Block:
     @property
     def line(self) -> int:
         """The key of the free list of its capacity."""
-        return line_key(self.tier, self.nbytes)
+        return self.memory.line
 
     def become(self, spec: BufferSpec) -> None:
         """Take the shape and type of `spec`, whose bytes fit."""
@@ -240,7 +243,7 @@ def refuse_captured(stream: _cuda.Stream, advice: str = _ADVICE) -> None:
 
     The error ends with `advice`: why the caller cannot go on, and what to do.
     """
-    if not stream.closed and _cuda.is_capturing(stream) and not _cuda.capturing():
+    if _cuda.is_capturing(stream) and not _cuda.capturing():
         raise CaptureError(
             f"the stream {stream.handle:#x} is being captured into a graph that this thread did not begin with "
             f"numbabuf, and {advice}, as long as the graph lives"

@@ -91,9 +91,8 @@ class Fences:
         """Return a fence behind all that is queued on `streams`; None where the host has waited for it.
 
         A stream that takes no event, as one that was destroyed, poisons nothing: the host waits for all work on the
-        device instead.
+        device instead. The caller has made the device current.
         """
-        _cuda.require()  # this thread may never have called the driver before
         events: list[tuple[Any, Any]] = []
         try:
             for stream in streams:

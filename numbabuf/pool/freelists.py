@@ -157,7 +157,8 @@ class FreeLists:
         for _ in range(len(line or ())):
             handle: Handle = line.pop()  # type: ignore[union-attr]
             fence = handle.block.fence
-            if same_stream(fence.last, stream):
+            last = fence.events[-1][0]
+            if last is stream or same_stream(last, stream):
                 if len(fence.events) == 1:
                     handle.block.fence = None
                     return handle

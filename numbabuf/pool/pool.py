@@ -317,7 +317,7 @@ class SimpleBufferPool(BufferPool):
         store = self._store
         store.turns.refuse_mine(self, "allocate")
         try:
-            with store.turns.there(), store.lock:
+            with store.turns.held():
                 store.turns.do_late()
                 store.refuse_closed()
                 if stream is not None:

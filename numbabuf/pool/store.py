@@ -102,7 +102,7 @@ class Store:
             handle = self.lists.take(spec, stream, bound)
         if handle is None:
             return None, "miss"
-        if handle.block.spec == spec:
+        if handle.block.spec is spec or handle.block.spec == spec:
             return handle, "exact_hit"
         try:
             handle.block.become(spec)
@@ -136,7 +136,7 @@ class Store:
     def release(self, handle: Handle, stream: Any) -> None:
         """End a lease, whose last work is on `stream`; on an error it goes on as before."""
         block = handle.block
-        with self.turns.there(), self.lock:
+        with self.turns.held():
             self.turns.do_late()
             users = block.users
             if stream is not None:
@@ -171,7 +171,7 @@ class Store:
         """A plain release may have met with the close of the pool, and then its block is idle in a closed pool."""
         self.turns.later(self.reap)
         if not self.turns.mine():
-            with self.turns.there(), self.lock:
+            with self.turns.held():
                 self.turns.do_late()
 
     def retire(self, handle: Handle, *, lease: bool = False, stream: _cuda.Stream | None = None) -> None:
@@ -224,7 +224,10 @@ class Store:
         The default stream alone gets none: that work is fenced when another stream takes the block.
         """
         users = block.users
-        if not users or (block.tier is Tier.DEVICE and all(user.handle == 0 for user in users)):
+        # The last is looked at by itself: usually there is one, and it has a handle.
+        if not users or (
+            block.tier is Tier.DEVICE and users[-1].handle == 0 and all(user.handle == 0 for user in users)
+        ):
             return None
         fence = self.fences.behind(users)
         if fence is None:
@@ -276,7 +279,7 @@ class Store:
 
     def finish_pending(self) -> None:
         """Wait for the work on released memory that only the end of that work brings home, and bring it home."""
-        with self.turns.there(), self.lock:
+        with self.turns.held():
             self.deferred.synchronize()
             self.reap()
 
@@ -354,7 +357,7 @@ class Store:
             refused = [spec for spec in missing if not _add(made, self.grow_or_trim(spec))]
             whole = not refused
         finally:
-            with self.turns.there(), self.lock:
+            with self.turns.held():
                 for handle in held + made * whole:
                     self.go_home(handle)
                 for handle in made * (not whole):
@@ -442,7 +445,7 @@ class Store:
 
     def close(self, reason: str) -> int:
         """Finish what is pending and free what is idle, from here on at each release too; return the bytes freed."""
-        with self.turns.there(), self.lock:
+        with self.turns.held():
             self.reap()
             before = self.ledger.total
             self.closed = self.closed or reason
@@ -517,7 +520,7 @@ def refuse_capture(what: str) -> None:
 def known_stream(stream: _cuda.StreamLike) -> _cuda.Stream:
     """Wrap what a user calls a stream; that of this thread's own capture is known by one object."""
     wrapped = _cuda.as_stream(stream)
-    here = _cuda.open_capture()
+    here = _cuda.open_capture() if _cuda.captures else None
     if here is not None and here.stream.handle == wrapped.handle and here.stream.thread is wrapped.thread:
         return here.stream
     return wrapped

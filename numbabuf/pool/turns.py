@@ -19,6 +19,7 @@ from .block import refuse_foreign
 __all__ = ["Turns", "refuse_foreign_capture"]
 
 _T = TypeVar("_T")
+_NOTHING = contextlib.nullcontext()
 
 
 class Turns:
@@ -64,7 +65,7 @@ class Turns:
             The driver refuses the step, as another library captures in this thread.
         """
         self.refuse_mine(self._owner(), what)
-        with self.there(), self.lock:
+        with self.held():
             try:
                 self.do_late()
                 yield
@@ -76,7 +77,19 @@ class Turns:
 
     def there(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
-        return contextlib.nullcontext() if self.device is None else _cuda.on_device(self.device)
+        return _NOTHING if self.device is None else _cuda.on_device(self.device)
+
+    def held(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context manager inside which the lock is held, and the device of the memory is current."""
+        # Hot, guarded by benchmarks/pool.py: where nothing is to be switched, the lock by itself is all that it takes.
+        if self.device is None or self.device == _cuda.current_device():
+            return self.lock
+        return self._held_there()
+
+    @contextlib.contextmanager
+    def _held_there(self) -> Iterator[None]:
+        with self.there(), self.lock:
+            yield
 
     def refuse_elsewhere(self, stream: _cuda.Stream) -> None:
         """Raise BackendError for a stream of another device than that of the memory. Called inside `there`."""

@@ -296,7 +296,7 @@ class Stream:
     device = 0
 
     def __init__(self, handle=None):
-        self.handle = next(self.handles) if handle is None else handle
+        self.handle = self.raw = next(self.handles) if handle is None else handle
         self.core = self
         self.numba = self
         self.destroyed = self.closed = self.elsewhere = False
