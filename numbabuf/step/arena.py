@@ -111,7 +111,7 @@ class Arena:
     def _views(self, rows: tuple[int, ...]) -> dict[str, Any]:
         """Return device views of the first `rows` of every slot, by name."""
         return {
-            slot.name: _cuda.device_view(self._memory, target, (n, *slot.spec.shape[1:]), slot.spec.dtype)
+            slot.name: _cuda.device_view(self._memory, target, slot.shape(n), slot.spec.dtype)
             for slot, target, n in zip(self._slots, self.layout.targets, rows, strict=True)
         }
 

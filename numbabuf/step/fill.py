@@ -129,7 +129,7 @@ class Fill:
             layout = arena.layout
             shared.begin_step(arena, 0, dict.fromkeys(layout.axes[1:], 0))
             data = slot.on_host(data)
-            rows = len(data) if data.ndim else 0
+            rows = len(data) if data.ndim else 1
             padded = slot.capacity
             if slot.axis_index >= 0:
                 sizes = [0] * len(layout.axes)

@@ -89,7 +89,7 @@ class Lease:
                     f"this one has {rows * slot.width}"
                 )
             staged = self._block.staged[slot.position]
-            array = self._arrays[name] = staged[: rows * slot.width].reshape(rows, *slot.spec.shape[1:])
+            array = self._arrays[name] = staged[: rows * slot.width].reshape(slot.shape(rows))
         return array
 
     def fill(self) -> dict[str, Any]:

@@ -155,7 +155,7 @@ class InputBufferManager(Resource):
         name : str
         spec : BufferSpec
             Capacity and element type. The first dimension follows `axis`; a two-dimensional slot takes inputs whose
-            rows are shorter than its own.
+            rows are shorter than its own. Shape () is one number, with axis=None: kernels read ``step["lr"][()]``.
         is_static : bool
             False: the name is known, but its values pass through `stage_inputs` untouched.
         pad : scalar, "repeat_last" or "keep"
@@ -253,8 +253,9 @@ class InputBufferManager(Resource):
         Parameters
         ----------
         inputs : mapping of str to array
-            Host arrays by slot name; each has as many rows as the size that its slot follows. A slot that is left out,
-            or None, is all padding. Names that are no slot, and slots that are not static, pass through.
+            Host arrays by slot name; each has as many rows as the size that its slot follows. Lists will do, and a
+            number for a slot of one element, where the values fit: floats are rounded, nothing else is changed. A slot
+            that is left out, or None, is all padding. Names that are no slot, or not static, pass through.
         num_tokens : int
             Live tokens, >= 0.
         **sizes : int

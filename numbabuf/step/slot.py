@@ -19,6 +19,7 @@ from ..errors import ClosedError
 from ..pool.spec import BufferSpec, is_bfloat16, resolve_dtype
 from ..resource import Shown
 from .conversion import Conversion
+from .values import fitted, is_python
 
 __all__ = ["InputSlot"]
 
@@ -72,10 +73,10 @@ class InputSlot(Shown):
             raise TypeError(f"slot name {name!r} is not a name: give a non-empty string")
         if not isinstance(spec, BufferSpec):
             raise TypeError(f"slot {name!r}: spec is {spec!r}: give a BufferSpec")
-        if not spec.shape or 0 in spec.shape:
-            raise ValueError(
-                f"slot {name!r}: shape {spec.shape} holds no elements: give at least one dimension, all >= 1"
-            )
+        if 0 in spec.shape:
+            raise ValueError(f"slot {name!r}: shape {spec.shape} holds no elements: give dimensions that are all >= 1")
+        if not spec.shape and axis is not None:
+            raise ValueError(f"slot {name!r}: shape () has no dimension to follow {axis!r}: give axis=None")
         self.name, self.spec, self.static = name, spec, bool(static)
         self.axis, self.extra = _parse_axis(name, axis)
         self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
@@ -95,7 +96,7 @@ class InputSlot(Shown):
     @property
     def capacity(self) -> int:
         """Rows that the slot holds."""
-        return self.spec.shape[0]
+        return self.spec.shape[0] if self.spec.shape else 1
 
     @property
     def pad(self) -> Any:
@@ -121,7 +122,8 @@ class InputSlot(Shown):
         Parameters
         ----------
         data
-            Host array of at most the slot's length; element type `source_dtype`, or one that casts to it safely.
+            Host array of at most the slot's length; element type `source_dtype`, or one that casts to it safely. Or a
+            list, or for one element a number, whose values fit.
 
         Raises
         ------
@@ -161,6 +163,10 @@ class InputSlot(Shown):
         """Return the slot's rows in a step of `sizes`, in the order of the axes."""
         return sizes[self.axis_index] + self.extra if self.axis_index >= 0 else self.capacity
 
+    def shape(self, rows: int) -> tuple[int, ...]:
+        """Return the shape of the slot's first `rows` rows."""
+        return (rows, *self.spec.shape[1:]) if self.spec.shape else ()
+
     def table_row(self, source: int, target: int) -> list[int]:
         """Return the slot's row of the fill table: from `source` bytes into a block to the address `target`."""
         return self.conversion.table_row(source, target, self.source_dtype, self.spec.dtype)
@@ -184,6 +190,10 @@ class InputSlot(Shown):
             raise ValueError(f"input {self.name!r} is not an array: {error}") from None
         if array.size == 0 and not isinstance(data, np.ndarray):
             return array.astype(self.source_dtype)  # as of an empty list, which has no element type
+        if array.ndim == 0 and self.spec.shape == (1,):
+            array = array.reshape(1)
+        if array.dtype != self.source_dtype and is_python(data) and not _casts(array.dtype, self.source_dtype):
+            array = fitted(self.name, data, array, self.source_dtype).reshape(array.shape)
         return array
 
     def coerce(self, data: Any, live: int) -> np.ndarray:
@@ -192,11 +202,13 @@ class InputSlot(Shown):
         Raises
         ------
         TypeError
-            A device array, or an element type that does not cast safely to `source_dtype`.
+            A device array, or an element type that does not cast safely to `source_dtype`; of Python numbers and lists
+            the values decide.
         ValueError
             Wrong number of dimensions or rows, rows wider than the slot's, or more elements than `max_live`.
         OverflowError
-            An integer does not fit the slot's narrower type (where the range check is on).
+            An integer does not fit the slot's narrower type (where the range check is on), or a Python number
+            `source_dtype`.
         """
         array = self.on_host(data)
         if array.dtype != self.source_dtype and not _casts(array.dtype, self.source_dtype):
@@ -209,7 +221,7 @@ class InputSlot(Shown):
             raise ValueError(
                 f"input {self.name!r} has shape {array.shape}; the slot has {len(shape)} dimension(s): {shape}"
             )
-        if array.shape[0] != live:
+        if array.ndim and array.shape[0] != live:
             raise ValueError(
                 f"input {self.name!r} has {array.shape[0]} rows; this step has {live}"
                 f"{f' (axis {self.axis})' if self.axis else ''}{f' plus {self.extra}' if self.extra else ''}: "
