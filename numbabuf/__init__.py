@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         TierFullError,
         TraceError,
     )
+    from .pool.base import ReusingPool
     from .pool.entry import BufferEntry
     from .pool.pool import BufferPool, SimpleBufferPool
     from .pool.spec import BufferSpec, BufferState, Tier
@@ -67,6 +68,7 @@ __all__ = [
     "PredictiveBufferManager",
     "Program",
     "ProgramStats",
+    "ReusingPool",
     "SimpleBufferPool",
     "StaleBufferError",
     "Step",
@@ -91,6 +93,7 @@ _HOMES = {
         "TierFullError",
         "TraceError",
     ),
+    "pool.base": ("ReusingPool",),
     "pool.entry": ("BufferEntry",),
     "pool.pool": ("BufferPool", "SimpleBufferPool"),
     "pool.spec": ("BufferSpec", "BufferState", "Tier"),

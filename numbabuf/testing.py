@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import _cuda
-from .pool.pool import pools
+from .pool.base import pools
 
 if TYPE_CHECKING:
     import pytest

@@ -188,6 +188,77 @@ def test_a_right_import_is_let_pass(module, source):
     assert faults(textwrap.dedent(source), module, f"numbabuf.{room(module)}") == []
 
 
+FACADES = {"PredictiveBufferManager"}
+"""Classes that may derive from a concrete class of the package: the manager that predicts is the manager."""
+
+
+def base_names(node):
+    """The names of a class's bases, without modules and type arguments."""
+    plain = (base.value if isinstance(base, ast.Subscript) else base for base in node.bases)
+    return [base.attr if isinstance(base, ast.Attribute) else ast.unparse(base) for base in plain]
+
+
+def is_abstract(node):
+    """Whether a class is there to be derived from: a Protocol, an ABC, or one with an abstract method in its body."""
+    marks = [mark for part in node.body if isinstance(part, ast.FunctionDef) for mark in part.decorator_list]
+    return bool({"ABC", "Protocol"}.intersection(base_names(node))) or any(
+        ast.unparse(mark).split(".")[-1] == "abstractmethod" for mark in marks
+    )
+
+
+def is_value(node):
+    """Whether a class is a frozen dataclass: it holds nothing that a class derived from it could share."""
+    return any("frozen=True" in ast.unparse(mark) for mark in node.decorator_list)
+
+
+def wrong_bases(sources):
+    """The classes in some sources that derive from a concrete class in them, a line each.
+
+    Concrete is what is neither abstract nor a mixin without state (`Shown`, empty slots). What derives from an
+    exception may derive from another, and a frozen dataclass from one: it adds fields. A base is looked for by its
+    name, first in the source itself.
+    """
+    files = [[node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)] for source in sources]
+    everywhere = {node.name: node for nodes in files for node in nodes}
+
+    def is_error(name):
+        return name == "Exception" or (name in everywhere and any(map(is_error, base_names(everywhere[name]))))
+
+    def may_be_base(base, of):
+        return base.name == "Shown" or is_abstract(base) or is_error(base.name) or (is_value(base) and is_value(of))
+
+    found = []
+    for nodes in files:
+        named = everywhere | {node.name: node for node in nodes}
+        for node in nodes:
+            bases = [named[name] for name in base_names(node) if name in named]
+            wrong = [base.name for base in bases if node.name not in FACADES and not may_be_base(base, node)]
+            found += [f"{node.name} derives from {name}, which is concrete" for name in wrong]
+    return found
+
+
+def test_no_class_derives_from_a_concrete_one():
+    assert wrong_bases([path.read_text() for path in FILES]) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("class A: pass\nclass B(A): pass", ["B"]),
+        ("class A: pass\nclass B(m.A): pass", ["B"]),
+        ("class A(Generic[T]): pass\nclass B(A[int]): pass", ["B"]),
+        ("class A(ABC): pass\nclass B(A): pass\nclass C(B): pass", ["C"]),
+        ("class A:\n    @abstractmethod\n    def f(self): ...\nclass B(A): pass", []),
+        ("class A(Protocol): pass\nclass B(A): pass", []),
+        ("class A(Exception): pass\nclass B(A): pass\nclass C(B): pass", []),
+        ("@dataclass(frozen=True)\nclass A: pass\n@dataclass(frozen=True)\nclass B(A): pass\nclass C(A): pass", ["C"]),
+        ("class A: pass\nclass PredictiveBufferManager(A): pass", []),
+    ],
+)
+def test_a_concrete_base_is_found(source, wrong):
+    assert [line.split()[0] for line in wrong_bases([source])] == wrong
+
+
 def test_the_map_names_files_that_are_there():
     text = (PACKAGE.parent / "ARCHITECTURE.md").read_text()
     named = set(re.findall(r"`((?:numbabuf|tests|\w+)/[\w/]+\.py)`", text))

@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..pool.base import ReusingPool
 from ..pool.oom import Ladder
-from ..pool.pool import SimpleBufferPool
 from ..predict.manager import PredictiveBufferManager
 from ..step.manager import InputBufferManager
 from ..tiers.pool import HierarchicalBufferPool
@@ -27,8 +27,8 @@ RANGES: dict[tuple[type, str], str] = {
     (InputBufferManager, "capture_buckets"): "capture_buckets",
     (InputBufferManager, "synchronize"): "synchronize",
     (PredictiveBufferManager, "prewarm"): "prewarm",
-    (SimpleBufferPool, "reserve"): "reserve",
-    (SimpleBufferPool, "trim"): "trim",
+    (ReusingPool, "reserve"): "reserve",
+    (ReusingPool, "trim"): "trim",
     (Ladder, "climb"): "allocate from the driver",
     (HierarchicalBufferPool, "promote"): "promote",
     (HierarchicalBufferPool, "demote"): "demote",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from ..errors import TierFullError
 from .spec import Tier
 
-__all__ = ["Ledger", "same_memory"]
+__all__ = ["Ledger", "SharedLedger", "same_memory"]
 
 
 def same_memory(tier: Tier) -> tuple[Tier, ...]:
@@ -13,20 +15,13 @@ def same_memory(tier: Tier) -> tuple[Tier, ...]:
     return (Tier.PINNED,) if tier is Tier.PINNED else (Tier.DEVICE, Tier.MANAGED)
 
 
-class Ledger:
+class Ledger(ABC):
     """Bytes reserved by tier, within limits. The caller holds a lock; nothing here calls the driver.
 
-    Parameters
-    ----------
-    max_bytes
-        Limit of device and managed memory together (managed pages take room on the card too), or None.
-    max_pinned_bytes
-        Limit of pinned memory, or None.
+    Abstract: which tiers share a limit is for its kinds to say.
     """
 
-    def __init__(self, max_bytes: int | None, max_pinned_bytes: int | None) -> None:
-        self.max_bytes = max_bytes
-        self.max_pinned_bytes = max_pinned_bytes
+    def __init__(self) -> None:
         self.reserved = dict.fromkeys(Tier, 0)
         """Bytes that the driver has given."""
         self.promised = dict.fromkeys(Tier, 0)
@@ -35,24 +30,21 @@ class Ledger:
         """Sum of `reserved`."""
         self.peak = 0
 
+    @abstractmethod
     def limit(self, tier: Tier) -> int | None:
         """Return the limit that `tier` counts against."""
-        return self.max_pinned_bytes if tier is Tier.PINNED else self.max_bytes
 
+    @abstractmethod
     def set_limit(self, tier: Tier, nbytes: int | None) -> None:
         """Change the limit that `tier` counts against; the caller has seen to it that what is reserved fits."""
-        if tier is Tier.PINNED:
-            self.max_pinned_bytes = nbytes
-        else:
-            self.max_bytes = nbytes
+
+    @abstractmethod
+    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
+        """Return the tiers that count against one limit with `tier`, itself included."""
 
     def taken(self, tier: Tier) -> int:
         """Return the bytes reserved and promised that count against the limit of `tier`."""
         return sum(self.reserved[each] + self.promised[each] for each in self.sharing(tier))
-
-    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
-        """Return the tiers that count against one limit with `tier`, itself included."""
-        return same_memory(tier)
 
     def room(self, tier: Tier) -> int | None:
         """Return the bytes that may still be asked for, None where there is no limit."""
@@ -83,3 +75,34 @@ class Ledger:
         """Count bytes as returned to the driver."""
         self.reserved[tier] -= nbytes
         self.total -= nbytes
+
+
+class SharedLedger(Ledger):
+    """One limit for device and managed memory together, whose pages take room on the card too; one for pinned memory.
+
+    Parameters
+    ----------
+    max_bytes
+        Limit of device and managed memory, or None.
+    max_pinned_bytes
+        Limit of pinned memory, or None.
+    """
+
+    def __init__(self, max_bytes: int | None, max_pinned_bytes: int | None) -> None:
+        super().__init__()
+        self._max_bytes, self._max_pinned_bytes = max_bytes, max_pinned_bytes
+
+    def limit(self, tier: Tier) -> int | None:
+        """Return the limit that `tier` counts against."""
+        return self._max_pinned_bytes if tier is Tier.PINNED else self._max_bytes
+
+    def set_limit(self, tier: Tier, nbytes: int | None) -> None:
+        """Change one of the two limits; what is reserved fits it already."""
+        if tier is Tier.PINNED:
+            self._max_pinned_bytes = nbytes
+        else:
+            self._max_bytes = nbytes
+
+    def sharing(self, tier: Tier) -> tuple[Tier, ...]:
+        """Return the tiers in one physical memory with `tier`."""
+        return same_memory(tier)

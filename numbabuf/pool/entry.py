@@ -1,4 +1,4 @@
-"""BufferEntry: one lease of one buffer, from `allocate` to `release`, and dead for ever after.
+"""BufferEntry: one lease of one buffer, from `allocate` to `release`, and dead for ever after; FixedEntry never moves.
 
 A new object for each lease, so that a reference kept beyond its release can never come to life again. Makes no memory
 and decides nothing: the pool does. Sits above `memory`, below `pool`.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any, NoReturn
+from abc import ABC, abstractmethod
+from typing import Any, NoReturn, TypeVar
 
 from .. import _cuda
 from ..errors import StaleBufferError
@@ -16,15 +17,18 @@ from ..resource import Shown
 from .block import Block, Handle
 from .spec import BufferSpec, BufferState, Tier, is_bfloat16
 
-__all__ = ["BufferEntry"]
+__all__ = ["BufferEntry", "FixedEntry"]
+
+E = TypeVar("E", bound="BufferEntry")
 
 _open_captures = _cuda.captures
 
 
-class BufferEntry(Shown):
+class BufferEntry(Shown, ABC):
     """One leased buffer. End the lease once: by `release`, or by leaving a ``with``.
 
-    Made by a pool's `allocate`; not to be made by hand.
+    Made by a pool's `allocate`; not to be made by hand. Abstract: whether the buffer stays at one address is for the
+    pool to say.
 
     Attributes
     ----------
@@ -186,9 +190,9 @@ class BufferEntry(Shown):
         return self._state if self._held else BufferState.FREE
 
     @property
+    @abstractmethod
     def tier(self) -> Tier:
         """The memory tier the buffer is in."""
-        return self.spec.tier
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +257,7 @@ class BufferEntry(Shown):
         start = self.address  # first: where a pool moves entries, this holds the entry where it is
         return _cuda.dlpack_exporter(self.device_array if self.tier is Tier.MANAGED else self.array, start, self)
 
-    def __enter__(self) -> BufferEntry:
+    def __enter__(self: E) -> E:
         self._block("used")
         return self
 
@@ -290,6 +294,17 @@ class BufferEntry(Shown):
 
     def __repr__(self) -> str:
         return f"<BufferEntry {self.spec} {self.state.value}>"
+
+
+class FixedEntry(BufferEntry):
+    """A leased buffer at one address, in the tier of its spec, until its release."""
+
+    __slots__ = ()
+
+    @property
+    def tier(self) -> Tier:
+        """The memory tier the buffer is in."""
+        return self.spec.tier
 
 
 _DEFAULTS = {"_site": "", "_state": BufferState.ALLOCATED, "last_used": None, "use_count": 0}

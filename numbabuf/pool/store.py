@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from .. import _cuda
 from ..errors import CaptureError, ClosedError
 from .block import Alarm, Block, Handle, line_of, refuse_captured
-from .budget import Ledger, same_memory
+from .budget import Ledger, SharedLedger, same_memory
 from .deferred import Deferred, bound
 from .fence import Fence, Fences
 from .freelists import FreeLists
@@ -24,13 +25,13 @@ from .spec import BufferSpec, Tier, size_class
 from .stats import Watch, caller
 from .turns import Turns, refuse_foreign_capture
 
-__all__ = ["Store", "known_stream", "refuse_capture"]
+__all__ = ["SimpleStore", "Store", "known_stream", "refuse_capture"]
 
 _log = logging.getLogger("numbabuf")
 
 
-class Store:
-    """All blocks of one pool and what becomes of them.
+class Store(ABC):
+    """All blocks of one pool and what becomes of them. Abstract: what growth is subject to is for its kinds to say.
 
     Parameters
     ----------
@@ -285,6 +286,7 @@ class Store:
 
     # ------------------------------------------------------------------------------------------- the driver and back
 
+    @abstractmethod
     def grow(self, spec: BufferSpec) -> Handle:
         """Take one block from the driver: reserved before the call, and given back if it fails.
 
@@ -493,7 +495,15 @@ class Store:
         self.abandon()
         self.lists.serve(False)
         _inherited.append(dict(vars(self)))
-        self._begin(Ledger(None, None))
+        self._begin(SharedLedger(None, None))
+
+
+class SimpleStore(Store):
+    """A store that grows within the limits of its ledger, and by what the driver gives."""
+
+    def grow(self, spec: BufferSpec) -> Handle:
+        """Take one block from the driver, as any store."""
+        return super().grow(spec)
 
 
 _inherited: list[Any] = []  # memory of a parent or a closed context: kept to the end, so that nothing frees it

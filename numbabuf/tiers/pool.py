@@ -16,10 +16,10 @@ from typing import Any
 from .. import _cuda
 from ..checks import whole_number
 from ..errors import ClosedError, TierFullError
+from ..pool.base import ReusingPool
 from ..pool.block import refuse_captured
-from ..pool.entry import BufferEntry
+from ..pool.entry import BufferEntry, FixedEntry
 from ..pool.oom import Ladder
-from ..pool.pool import SimpleBufferPool
 from ..pool.spec import BufferSpec, Tier, size_class
 from ..pool.stats import Frozen, OomSteps, PoolStats
 from ..pool.store import known_stream, refuse_capture
@@ -43,7 +43,7 @@ def _stream_of(stream: _cuda.StreamLike | None) -> _cuda.Stream:
     return wrapped
 
 
-class HierarchicalBufferPool(SimpleBufferPool):
+class HierarchicalBufferPool(ReusingPool):
     """A pool whose buffers can move to where they are needed, and make room for each other.
 
     ``allocate(spec)`` gives a buffer that never moves, as any pool does. ``allocate(spec, movable=True)`` gives one
@@ -99,6 +99,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
     """
 
     _store: TierStore
+    _ladder: Ladder
 
     def __init__(
         self,
@@ -118,8 +119,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             move_blocks = whole_number("move_blocks", move_blocks, least=1)
         if engine_bytes is not None:
             engine_bytes = whole_number("engine_bytes", engine_bytes, least=1)
-        self._begin(TierStore(budgets, weakref.ref(self), events), on_oom)
-        self._oom = Ladder(self._store, on_oom)
+        super().__init__(TierStore(budgets, weakref.ref(self), events), on_oom)
         self._reserved: set[BufferSpec] = set()  # of earlier calls, as far as there are blocks of them
         self._latest: tuple[Any, Any] = None, None  # the stream of the latest use, and wrapped: 10 us
         self.policy = make_policy(policy, device_bytes)  # it takes the policy, and nothing fails from here on
@@ -212,7 +212,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
         except Exception as error:  # it ends here, as in `TierStore.grow_or_free`
             if not _cuda.is_out_of_memory(error):
                 raise
-        return self._oom.climb(spec, serve, self._demote)
+        return self._ladder.climb(spec, serve, self._demote)
 
     def _serve(self, spec: BufferSpec, stream: _cuda.Stream | None, movable: bool) -> BufferEntry:
         """Lease a buffer in the first tier that it may be in where there is room or room can be made."""
@@ -242,10 +242,10 @@ class HierarchicalBufferPool(SimpleBufferPool):
                 reasons.append(str(error))
             else:
                 self._store.lease(handle, kind, stream)
-                return self._residents.enlist(handle, spec) if movable else BufferEntry(handle)
+                return self._residents.enlist(handle, spec) if movable else FixedEntry(handle)
             if again or not self._traffic.relieve(tier, spec.size_bytes):
                 break
-            self._oom.counts["demote"] += 1
+            self._ladder.counts["demote"] += 1
         return None
 
     def _demote(self, tier: Tier, nbytes: int) -> str | None:
@@ -431,7 +431,7 @@ class HierarchicalBufferPool(SimpleBufferPool):
             self._residents.sweep()
         base, store = super()._stats(), self._store
         shared: dict[str, Any] = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-        shared["oom"] = OomSteps(**self._oom.counts | {"trim": self._oom.counts["trim"] + store.trims})
+        shared["oom"] = OomSteps(**self._ladder.counts | {"trim": self._ladder.counts["trim"] + store.trims})
         shared["allocations"] -= store.moves
         shared["allocated_bytes"] -= store.moves_bytes
         shared["exact_hits"] -= store.moves

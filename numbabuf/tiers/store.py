@@ -22,7 +22,7 @@ class _TierLedger(Ledger):
     """A budget for each tier by itself."""
 
     def __init__(self, budgets: dict[Tier, int]) -> None:
-        super().__init__(None, None)
+        super().__init__()
         self._budgets = budgets
 
     def limit(self, tier: Tier) -> int:

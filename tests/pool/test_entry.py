@@ -5,7 +5,7 @@ import pytest
 
 from numbabuf import _cuda
 from numbabuf.pool.block import Block, Handle
-from numbabuf.pool.entry import BufferEntry
+from numbabuf.pool.entry import FixedEntry
 from numbabuf.pool.spec import BufferSpec, BufferState, Tier
 
 
@@ -24,7 +24,7 @@ def handle(home):
 
 @pytest.fixture
 def entry(handle):
-    return BufferEntry(handle)
+    return FixedEntry(handle)
 
 
 def test_a_plain_release_sends_the_handle_home_and_nothing_else(entry, handle, home):
@@ -93,7 +93,7 @@ def test_the_interface_reads_as_an_array(entry):
 
 def test_bfloat16_reads_as_uint16():
     pytest.importorskip("ml_dtypes")
-    entry = BufferEntry(Handle(Block(BufferSpec(4, "bfloat16", Tier.PINNED), 8)))
+    entry = FixedEntry(Handle(Block(BufferSpec(4, "bfloat16", Tier.PINNED), 8)))
     assert entry.__cuda_array_interface__["typestr"] == "<u2"
     assert entry.nbytes == 8
 
@@ -113,6 +113,6 @@ def test_repr_and_unknown_names(entry):
 def test_each_lease_is_another_object_with_its_own_counts(entry, home):
     entry.mark_in_use(stream=None) if entry.tier is Tier.DEVICE else entry.mark_staged()
     entry.release()
-    again = BufferEntry(home[0])
+    again = FixedEntry(home[0])
     assert again is not entry and again != entry
     assert (again.state, again.use_count, again.last_used) == (BufferState.ALLOCATED, 0, None)

@@ -14,7 +14,7 @@ from numbabuf import _cuda
 from numbabuf.errors import TierFullError
 from numbabuf.pool import pins as graph_pins
 from numbabuf.pool.block import Alarm, Block, Handle
-from numbabuf.pool.budget import Ledger
+from numbabuf.pool.budget import SharedLedger
 from numbabuf.pool.spec import EXACT_ABOVE, BufferSpec, Tier, size_class
 
 
@@ -121,7 +121,7 @@ def test_what_the_alarm_watches_is_none_of_the_collectors_business():
 
 
 def test_a_promise_counts_against_the_limit_and_is_kept_or_withdrawn():
-    ledger = Ledger(100, 50)
+    ledger = SharedLedger(100, 50)
     ledger.promise(Tier.DEVICE, 60)
     assert ledger.room(Tier.DEVICE) == ledger.room(Tier.MANAGED) == 40
     with pytest.raises(TierFullError, match="41 bytes of managed"):
@@ -139,7 +139,7 @@ def test_a_promise_counts_against_the_limit_and_is_kept_or_withdrawn():
 
 
 def test_without_limits_there_is_always_room():
-    ledger = Ledger(None, None)
+    ledger = SharedLedger(None, None)
     ledger.promise(Tier.PINNED, 1 << 60)
     assert [ledger.room(tier) for tier in Tier] == [None] * 3
 

@@ -967,8 +967,8 @@ def test_check_finds_what_is_wrong(pool):
         return lambda: setattr(blocks[1], "nbytes", 8)
 
     def limit():
-        inside.ledger.max_pinned_bytes = 15
-        return lambda: setattr(inside.ledger, "max_pinned_bytes", None)
+        inside.ledger.set_limit(Tier.PINNED, 15)
+        return lambda: inside.ledger.set_limit(Tier.PINNED, None)
 
     def foreign():
         del inside.blocks[blocks[0]]
