@@ -69,7 +69,7 @@ def _fills(
             manager.register_slot(f"slot{i}", BufferSpec(tokens, "int64"))
         for live in sorted({tokens, max(1, tokens // 2)}, reverse=True):
             inputs = {f"slot{i}": np.arange(live) for i in range(slots)}
-            for _ in range(manager._shared.depth + 1):  # every block of the ring holds such a step
+            for _ in range(manager._shared.depths[0] + 1):  # every block of the ring holds such a step
                 manager.stage_inputs(inputs, live)
             manager.synchronize()
             arena, stream = manager._shared.arena, _cuda.as_stream(None)

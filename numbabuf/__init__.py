@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from .step.graph import Step
     from .step.lease import Lease
     from .step.manager import InputBufferManager
+    from .step.output import OutputSlot
     from .step.program import CapturedSize, Program
+    from .step.returns import Outputs
     from .step.slot import InputSlot
     from .step.stats import ManagerStats, ProgramStats
     from .tiers.pool import HierarchicalBufferPool
@@ -63,6 +65,8 @@ __all__ = [
     "Lease",
     "ManagerStats",
     "NumbabufError",
+    "OutputSlot",
+    "Outputs",
     "PoolStats",
     "PredictionStats",
     "PredictiveBufferManager",
@@ -104,7 +108,9 @@ _HOMES = {
     "step.graph": ("Step",),
     "step.lease": ("Lease",),
     "step.manager": ("InputBufferManager",),
+    "step.output": ("OutputSlot",),
     "step.program": ("CapturedSize", "Program"),
+    "step.returns": ("Outputs",),
     "step.slot": ("InputSlot",),
     "step.stats": ("ManagerStats", "ProgramStats"),
     "tiers.pool": ("HierarchicalBufferPool",),

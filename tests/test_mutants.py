@@ -48,6 +48,24 @@ def run_ring(stub):
             log.manager.close()
 
 
+def run_outputs(stub):
+    """Steps whose outputs are read at once, or three steps late, from a return ring of two: the wrong steps."""
+    with lazy(stub, seed=0), InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8], returns=2) as m:
+        m.register_output("sent", BufferSpec(8, "int64"))
+        m.capture_buckets(lambda step: kit.run(kit.widen, step.stream, step["input_ids"], step["sent"]))
+        random, wrong, waiting = np.random.default_rng(0), [], []
+        for number in range(STEPS):
+            ids = random.integers(0, 99, random.integers(1, 9))
+            waiting.append((ids, m.replay({"input_ids": ids}, len(ids))))
+            late = number % 20 > 9
+            if late:
+                m.synchronize()
+            if len(waiting) > 3 * late:
+                ids, outputs = waiting.pop(0)
+                wrong += [number] * (outputs["sent"].tolist() != ids.tolist())
+        return wrong
+
+
 def run_pool(stub):
     """A buffer that is released while queued work reads it, and leased on another stream, where it is written."""
     first, second = _cuda.as_stream(None), _cuda.as_stream(None)
@@ -186,6 +204,28 @@ def same_bucket(original):
     return write
 
 
+def another_number(original):
+    """`claim` that tells the device the number of the step before."""
+
+    def claim(self, chosen, block, live, **options):
+        outputs = original(self, chosen, block, live, **options)
+        block.words[len(block.words) - self.layout.step_words + kernels.NUMBER] -= 1
+        return outputs
+
+    return claim
+
+
+def first_place(original):
+    """`claim` that has the device write the first return block."""
+
+    def claim(self, chosen, block, live, **options):
+        outputs = original(self, chosen, block, live, **options)
+        block.words[len(block.words) - self.layout.step_words + kernels.PLACE] = 0
+        return outputs
+
+    return claim
+
+
 def without_fill(original):
     """`recorded` without the graph's first node."""
     return lambda stream, fill, captured, **options: original(stream, lambda stream: None, captured, **options)
@@ -270,6 +310,11 @@ MUTANTS = {
     "fill not first": (run_ring, (), "step.arena:recorded", fill_last),
     "count not advanced": (run_ring, (), "_cuda.kernels:fill_slots", storing_nothing),
     "bucket one too small": (run_ring, (), "step.graphs:Graphs.covering", one_smaller),
+    "late read not copied": (run_outputs, (), "step.returns:ReturnRing.own", nothing),
+    "read before it is sent": (run_outputs, STUB, "step.returns:ReturnRing.news", always(True)),
+    "number of another step": (run_outputs, (), "step.arena:Arena.claim", another_number),
+    "return block of another step": (run_outputs, (), "step.arena:Arena.claim", first_place),
+    "way back not launched": (run_outputs, (), "step.arena:Arena.launch_send", nothing),
     "counts not reset": (run_failed_launch, STUB, "step.ring:StagingRing.reset", advancing),
     "device count not reset": (run_failed_launch, STUB, "step.arena:Arena._recount", table_as_it_is),
 }

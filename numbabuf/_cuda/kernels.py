@@ -12,16 +12,19 @@ from numba import types
 from . import cuda
 from .access import add8, load1, load2, load4, load8, load16, publish8, store1, store2, store4, store8, store16
 
-__all__ = ["KERNELS", "copy_many", "fill_slots"]
+__all__ = ["KERNELS", "copy_many", "fill_slots", "send_slots"]
 
 WORD = 8
 """Bytes of one table entry (int64)."""
 
-# The fill table, in device memory: HEAD words, then ROW words per slot.
-STEP, DONE, RING_ADDRESS, BLOCK_BYTES, RING_DEPTH, RETIRED_ADDRESS, HEAD = 0, 1, 2, 3, 4, 5, 6
+# The table, in device memory: HEAD words, ROW words per slot, the words of the step, SEND_ROW words per output.
+STEP, DONE, RING_ADDRESS, BLOCK_BYTES, RING_DEPTH, RETIRED_ADDRESS = 0, 1, 2, 3, 4, 5
+STEP_ADDRESS, STEP_WORDS, RETURN_ADDRESS, RETURN_BYTES, RETURNED_ADDRESS, SENT, HEAD = 6, 7, 8, 9, 10, 11, 12
 """Words of the head: fills completed, thread blocks that have finished this fill, where the staging ring lies, bytes
-of one of its blocks, number of blocks, where the host reads how many fills are completed. The third and fourth are
-read by one access, as are the fifth and sixth."""
+of one of its blocks, number of blocks, where the host reads how many fills are completed; where the words of the step
+lie and how many there are, where the return ring lies, bytes of one of its blocks, where the host reads the number of
+the last step that was sent, thread blocks that have finished this send. The third and fourth are read by one access, as
+are the fifth and sixth, the seventh and eighth, and the ninth and tenth."""
 SOURCE, TARGET, OPERATION, SOURCE_ITEM, TARGET_ITEM = 0, 1, 2, 3, 4
 PITCH, PAD_MODE, PAD_LOW, PAD_HIGH, ROW = 5, 6, 7, 8, 9
 """Words of a row: offset of the staged values in a block, address of the slot, conversion, bytes of a staged and of a
@@ -31,6 +34,16 @@ slot's element, elements from one row of the slot to the next, how to pad, the p
 ROWS, COLUMNS, PADDED_ROWS, PADDED_COLUMNS, LIVE = 0, 1, 2, 3, 4
 """Words: staged rows and columns, and the rows and columns that are valid after the fill. A one-dimensional slot, and
 rows that lie end to end, are one row."""
+
+# The words of a step, in its staging block behind the live part, and from the fill on in the table: NUMBER, PLACE, then
+# the live size of each axis, the tokens last.
+NUMBER, PLACE, SIZES = 0, 1, 2
+"""Words: under which number the step is sent, and into which block of the return ring."""
+
+SEND_SOURCE, SEND_TARGET, SEND_SIZE, SEND_EXTRA = 0, 1, 2, 3
+SEND_WIDTH, SEND_OPERATION, SEND_SOURCE_ITEM, SEND_TARGET_ITEM, SEND_ROW = 4, 5, 6, 7, 8
+"""Words of an output's row: address of the output, offset in a return block, which word of the step is its size (-1:
+none), rows added to that, elements of a row, conversion, bytes of an element there and in the block."""
 
 PAD_VALUE, PAD_REPEAT, PAD_KEEP = 0, 1, 2
 """How the part past the staged values is filled: with a value, with the last one (`numpy.pad`'s "edge"), not at all."""
@@ -263,6 +276,13 @@ def fill_slots(table: int) -> None:
     depth, retired = load16(table + RING_DEPTH * WORD)
     ring, block_bytes = load16(table + RING_ADDRESS * WORD)
     block = ring + (step % depth) * block_bytes
+    if cuda.blockIdx.x + cuda.blockIdx.y == 0:
+        words, count = load16(table + STEP_ADDRESS * WORD)
+        given = block + cuda.gridDim.y * LIVE * WORD
+        i = cuda.threadIdx.x
+        while i < count:
+            store8(words + i * WORD, load8(given + i * WORD))
+            i += cuda.blockDim.x
     row = table + (HEAD + cuda.blockIdx.y * ROW) * WORD
     live = block + cuda.blockIdx.y * LIVE * WORD
     rows = load8(live + ROWS * WORD)
@@ -338,6 +358,56 @@ def fill_slots(table: int) -> None:
 
 
 @cuda.jit
+def send_slots(table: int, rows: int, chosen: int) -> None:
+    """Move the live rows of the chosen outputs into the step's block of the return ring, and publish its number.
+
+    Launch shape: (any, number of outputs) thread blocks. `table` is the address of the table, `rows` that of the rows
+    of the outputs, `chosen` has a bit for each output that is sent.
+
+    Number and block are read from the words that the fill of the same step copied: they differ from step to step, and
+    a replayed graph has frozen arguments. Only this step's fill can have written them, as one step runs at a time.
+
+    Traffic: the live bytes of the outputs once from device memory, once over the bus.
+    """
+    words = load8(table + STEP_ADDRESS * WORD)
+    number = load8(words + NUMBER * WORD)
+    if ((chosen >> cuda.blockIdx.y) & 1) != 0:
+        row = rows + cuda.blockIdx.y * SEND_ROW * WORD
+        ring, block_bytes = load16(table + RETURN_ADDRESS * WORD)
+        size = load8(row + SEND_SIZE * WORD)
+        count = load8(row + SEND_EXTRA * WORD)
+        if size >= 0:
+            count += load8(words + size * WORD)
+        count *= load8(row + SEND_WIDTH * WORD)
+        s = load8(row + SEND_SOURCE * WORD)
+        d = ring + load8(words + PLACE * WORD) * block_bytes + load8(row + SEND_TARGET * WORD)
+        operation = load8(row + SEND_OPERATION * WORD)
+        source_item = load8(row + SEND_SOURCE_ITEM * WORD)
+        target_item = load8(row + SEND_TARGET_ITEM * WORD)
+        threads = cuda.blockDim.x * cuda.gridDim.x
+        thread = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        if operation == RAW:
+            _copy_bytes(s, d, count * target_item, thread, threads)
+        else:
+            i = thread
+            while i < count:
+                _store(d + i * target_item, target_item, _converted(operation, s + i * source_item))
+                i += threads
+
+    if cuda.blockDim.x > 1:
+        cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        # System-wide, as what this block wrote is the host's: another block writes its part of the return block and
+        # adds to SENT; this one sees the sum and publishes; the host reads the part before it has arrived. The second
+        # fence orders what is behind the sum, which the atomic by itself does not. Proof as of `fill_slots`.
+        cuda.threadfence_system()
+        if add8(table + SENT * WORD, 1) == cuda.gridDim.x * cuda.gridDim.y - 1:
+            cuda.threadfence_system()
+            store8(table + SENT * WORD, 0)
+            publish8(load8(table + RETURNED_ADDRESS * WORD), number)
+
+
+@cuda.jit
 def copy_many(table: int, rows: int) -> None:
     """Copy `rows` pieces of memory, each from any address to any other; no two of them may overlap in a target.
 
@@ -356,5 +426,9 @@ def copy_many(table: int, rows: int) -> None:
         row += cuda.gridDim.x
 
 
-KERNELS = ((fill_slots, (types.int64,)), (copy_many, (types.int64, types.int64)))
+KERNELS = (
+    (fill_slots, (types.int64,)),
+    (copy_many, (types.int64, types.int64)),
+    (send_slots, (types.int64, types.int64, types.int64)),
+)
 """Each kernel with the signature it is compiled for; the tests compile them all to machine code."""

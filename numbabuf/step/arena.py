@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from ..pool.pool import BufferPool
 from ..pool.spec import BufferSpec, BufferState, Tier
 from .graph import CapturedStep, Step, recorded
 from .layout import Layout
+from .returns import Outputs, ReturnRing, StepOutputs
 from .ring import Block, StagingRing
 from .slot import InputSlot
 
@@ -45,12 +46,20 @@ class Arena:
         Where steps are queued.
     earlier : Arena, optional
         Its slots are the first of the layout's; what they hold is copied.
+    returns : int
+        Blocks for what the outputs send back.
+    why_closed : callable returning str
+        As for `ReturnRing`.
 
     Attributes
     ----------
     ring : StagingRing
-    whole : list
-        Each slot's whole device array.
+    returns : ReturnRing or None
+        None without outputs.
+    whole : dict of str to device array
+        Each slot, and each output, as a whole.
+    live : dict of str to device array
+        The live size of each axis in the step that runs, of shape (1,), int64.
     one_axis : bool
         Whether a step has no size but its tokens.
     ring_bytes : int
@@ -69,6 +78,9 @@ class Arena:
         depth: int,
         stream: _cuda.Stream,
         earlier: Arena | None = None,
+        *,
+        returns: int = 2,
+        why_closed: Callable[[], str] = str,
     ) -> None:
         self.layout = layout
         self.one_axis = len(layout.axes) == 1
@@ -76,7 +88,7 @@ class Arena:
         self._groups = _groups(slots)
         self._stream = stream
         self._core = stream.core
-        words = kernels.HEAD + kernels.ROW * max(1, len(slots))
+        words = layout.table_words
         self.ring_bytes = layout.ring_bytes(depth)
         with contextlib.ExitStack() as undo:
             # With the stream, in both: the pool must order what runs here behind whatever an earlier lease of the
@@ -89,15 +101,27 @@ class Arena:
                 BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream, movable=False
             )
             undo.callback(self._pinned.release)
+            self.returns: ReturnRing | None = None
+            if layout.outputs:
+                wanted = BufferSpec(layout.return_ring_bytes(returns), "uint8", Tier.PINNED)
+                sent = pool.allocate(wanted, stream=stream, movable=False)
+                undo.callback(sent.release)
+                self.returns = ReturnRing(sent, layout, returns, stream, why_closed)
             self._memory = self._device.array
             self._table_address = _cuda.address(self._memory)
             self._table = _cuda.device_view(self._memory, 0, (words,), np.dtype(np.int64))
-            self.whole = list(self._views(tuple(slot.capacity for slot in slots)).values())
+            inputs, outputs = self._views(tuple(s.capacity for s in slots), tuple(s.capacity for s in layout.outputs))
+            self.whole = {**inputs, **outputs}
+            last = layout.step_at + layout.step_words - 1
+            self.live = {
+                axis: _cuda.device_view(self._memory, (last - at) * kernels.WORD, (1,), np.dtype(np.int64))
+                for at, axis in enumerate(layout.axes)
+            }
             self.ring = StagingRing(self._pinned.array, layout, depth, stream)
             _cuda.zero(self._memory, stream)
             if earlier is not None:
-                for old, new in zip(earlier.whole, self.whole, strict=False):
-                    _cuda.copy(new, old, stream)
+                for slot in earlier.layout.slots:
+                    _cuda.copy(self.whole[slot.name], earlier.whole[slot.name], stream)
             self._write_table()
             # A fill of nothing: compiles and loads the kernel, which no capture may do.
             block = self.ring.acquire()
@@ -105,29 +129,45 @@ class Arena:
                 slot.describe(block.words, 0, slot.width, 0)
             self.launch_fill(stream, (0,) * len(slots))
             self.ring.advance()
+            if self.returns is not None:
+                self.launch_send(stream, 0, ())  # likewise, of nothing
             stream.synchronize()
             undo.pop_all()
 
-    def _views(self, rows: tuple[int, ...]) -> dict[str, Any]:
-        """Return device views of the first `rows` of every slot, by name."""
-        return {
-            slot.name: _cuda.device_view(self._memory, target, slot.shape(n), slot.spec.dtype)
-            for slot, target, n in zip(self._slots, self.layout.targets, rows, strict=True)
-        }
+    def _views(self, rows: tuple[int, ...], sent: tuple[int, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return device views of the first `rows` of every slot and the first `sent` of every output, by name."""
+        layout = self.layout
+
+        def views(slots: tuple[Any, ...], targets: tuple[int, ...], rows: tuple[int, ...]) -> dict[str, Any]:
+            return {
+                slot.name: _cuda.device_view(self._memory, target, slot.shape(n), slot.spec.dtype)
+                for slot, target, n in zip(slots, targets, rows, strict=True)
+            }
+
+        return views(layout.slots, layout.targets, rows), views(layout.outputs, layout.output_targets, sent)
 
     # ----------------------------------------------------------------------------------------------- what runs over it
 
     def _step(self, sizes: tuple[int, ...], stream: _cuda.Stream) -> CapturedStep:
         """Return a bucket's views and padded rows; the caller gives it something to run."""
-        padded = self.layout.rows(sizes)
-        return CapturedStep(Step(stream.numba, self.layout.named(sizes), self._views(padded)), sizes, padded, self)
+        layout = self.layout
+        padded = layout.rows(sizes)
+        inputs, outputs = self._views(padded, layout.output_rows(sizes))
+        step = Step(stream.numba, layout.named(sizes), inputs, outputs, self.live)
+        return CapturedStep(step, sizes, padded, self)
 
     def recording(
         self, sizes: tuple[int, ...], stream: _cuda.Stream, *, dry: bool = False
     ) -> contextlib.AbstractContextManager[CapturedStep]:
-        """Return a capture on `stream` of the fill, and of what its ``with`` block queues; see `graph.recorded`."""
+        """Return a capture on `stream` of the fill, of what its ``with`` block queues, and of the way back.
+
+        See `graph.recorded`.
+        """
         new = self._step(sizes, stream)
-        return recorded(stream, lambda stream: self.launch_fill(stream, new.padded), new, dry=dry)
+        return recorded(
+            stream, lambda stream: self.launch_fill(stream, new.padded), new, dry=dry,
+            send=lambda stream, chosen: self.launch_send(stream, chosen, sizes),
+        )  # fmt: skip
 
     def plain(self, sizes: tuple[int, ...]) -> CapturedStep:
         """Return a step without a graph: its fill is launched by itself."""
@@ -184,8 +224,17 @@ class Arena:
                         slot.describe(words, rows, 1, padded[position])
                 else:
                     slot.write(words, staged[position], data, rows, padded[position])
+        words[-1] = live[0]
+        if not self.one_axis:
+            self._write_sizes(words, live)
         block.padded = padded
         return found
+
+    @staticmethod
+    def _write_sizes(words: Any, live: tuple[int, ...]) -> None:
+        """Write the live sizes into a block's words: the last of them, the tokens at the very end."""
+        for at, size in enumerate(live, 1):
+            words[-at] = size
 
     def refuse_others(self, inputs: Mapping[str, Any]) -> None:
         """Refuse names that are no slot: a replay reads nothing else."""
@@ -198,10 +247,12 @@ class Arena:
                 f"input {', '.join(others)} is not a static slot; a replay accepts only: {', '.join(sorted(static))}"
             )
 
-    def write_all(self, inputs: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]) -> None:
-        """Write `inputs`, each of which must be a slot's, into the next block."""
-        if self.write(self.ring.acquire(), inputs, live, padded) != len(inputs):
+    def write_all(self, inputs: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]) -> Block:
+        """Write `inputs`, each of which must be a slot's, into the next block; returns that."""
+        block = self.ring.acquire()
+        if self.write(block, inputs, live, padded) != len(inputs):
             self.refuse_others(inputs)
+        return block
 
     def describe(
         self, block: Block, written: Mapping[str, Any], live: tuple[int, ...], padded: tuple[int, ...]
@@ -211,11 +262,14 @@ class Arena:
         for slot in self._slots:
             rows = slot.rows(live) if slot.name in written else 0
             slot.describe(block.words, rows, slot.width, padded[slot.position])
+        self._write_sizes(block.words, live)
 
     def write_one(self, slot: InputSlot, data: Any, rows: int, padded: int) -> None:
         """Write the values of one slot into the next block; the others have nothing, and no padding either."""
-        block = self.ring.acquire()
+        block, ring = self.ring.acquire(), self.ring
         block.padded = None
+        axes = len(self.layout.axes)
+        block.words[-axes:] = ring.blocks[(ring.step - 1) % ring.depth].words[-axes:]  # no step: the sizes stay
         slot.write(block.words, block.staged[slot.position], data, rows, padded)
         for other in self._slots:
             if other is not slot:
@@ -248,6 +302,28 @@ class Arena:
         target.last_used = ring.past + ring.step
         return target.step.result
 
+    def send(self, target: CapturedStep, block: Block, live: tuple[int, ...], *, skip: bool = False) -> Outputs:
+        """Queue the step that was written last into `block`, whose graph sends outputs; see `ReturnRing.claim`."""
+        outputs = self.claim(target.sends, block, live, skip=skip)
+        result = self.submit(target, live[0])
+        return self.own(outputs, result)
+
+    def claim(self, chosen: int, block: Block, live: tuple[int, ...], *, skip: bool = False) -> StepOutputs:
+        """Give the step in `block` its number and its place on the way back."""
+        assert self.returns is not None
+        outputs = self.returns.claim(chosen, live, skip=skip)
+        at = len(block.words) - self.layout.step_words
+        block.words[at + kernels.NUMBER] = outputs.number
+        block.words[at + kernels.PLACE] = outputs.place
+        return outputs
+
+    def own(self, outputs: StepOutputs, result: Any) -> Outputs:
+        """Return the outputs of a step that was queued."""
+        assert self.returns is not None
+        self.returns.own(outputs)
+        outputs.result = result
+        return outputs
+
     def _launch_anew(self, target: Any) -> None:
         """Launch from a thread that lost its context, as by leaving ``with cuda.gpus[i]:``; nothing was queued."""
         try:
@@ -267,6 +343,19 @@ class Arena:
         blocks, threads = _cuda.launch_shape(-(-largest // 64))  # a thread moves four 16-byte words at a time
         _cuda.launch(kernels.fill_slots, (blocks, max(1, len(self._slots))), threads, stream, self._table_address)
 
+    def launch_send(self, stream: _cuda.Stream, chosen: int, sizes: tuple[int, ...]) -> None:
+        """Queue the way back of the outputs `chosen`, in a launch shape that fits a step padded to `sizes`."""
+        outputs = self.layout.outputs
+        rows = self.layout.output_rows(sizes) if chosen else (0,) * len(outputs)
+        largest = max(
+            n * slot.width * slot.spec.dtype.itemsize * (chosen >> slot.position & 1)
+            for slot, n in zip(outputs, rows, strict=True)
+        )
+        blocks, threads = _cuda.launch_shape(-(-largest // 64))
+        table = self._table_address
+        sends = table + self.layout.sends_at * kernels.WORD
+        _cuda.launch(kernels.send_slots, (blocks, len(outputs)), threads, stream, table, sends, chosen)
+
     def fill(self, rows: tuple[int, ...]) -> None:
         """Queue the fill of the block that was written last, by itself; `rows` as for `launch_fill`."""
         try:
@@ -282,7 +371,14 @@ class Arena:
         head[kernels.BLOCK_BYTES] = self.ring.block_bytes
         head[kernels.RING_DEPTH] = self.ring.depth
         head[kernels.RETIRED_ADDRESS] = self.ring.retired_address
-        self._table.copy_to_device(np.array(head + self._rows(), np.int64), stream=self._stream.numba)
+        head[kernels.STEP_ADDRESS] = self._table_address + self.layout.step_at * kernels.WORD
+        head[kernels.STEP_WORDS] = self.layout.step_words
+        if self.returns is not None:
+            head[kernels.RETURN_ADDRESS] = self.returns.address
+            head[kernels.RETURN_BYTES] = self.layout.return_bytes
+            head[kernels.RETURNED_ADDRESS] = self.returns.returned_address
+        words = head + self._rows() + [0] * self.layout.step_words + self._sends()
+        self._table.copy_to_device(np.array(words, np.int64), stream=self._stream.numba)
         self._stream.synchronize()
 
     def _rows(self) -> list[int]:
@@ -290,6 +386,12 @@ class Arena:
         for slot, source, target in zip(self._slots, self.layout.sources, self.layout.targets, strict=True):
             rows += slot.table_row(source, self._table_address + target)
         return rows or [0] * kernels.ROW
+
+    def _sends(self) -> list[int]:
+        layout, rows = self.layout, []
+        for slot, target, place in zip(layout.outputs, layout.output_targets, layout.returns, strict=True):
+            rows += slot.table_row(self._table_address + target, place, len(layout.axes))
+        return rows
 
     def resync(self) -> None:
         """After a launch that failed: make the host's and the device's count of steps agree again.
@@ -311,23 +413,30 @@ class Arena:
     def release(self) -> None:
         """Give the memory back to the pool; the owner has waited for the stream and dropped the graphs.
 
-        After an error of the driver it may be called again, for what is left.
+        After an error of the driver it may be called again, for what is left. A return block that is held keeps the
+        return ring's memory until it is let go.
         """
+        if self.returns is not None:
+            self.returns.retire()
         for entry in (self._device, self._pinned):
             if entry.state is not BufferState.FREE:
                 entry.release()
 
     def check(self) -> None:
         """Assert that slots do not overlap, and that host and device agree; the owner has waited for the stream."""
-        end = (kernels.HEAD + kernels.ROW * len(self._slots)) * kernels.WORD
-        for slot, target in zip(self._slots, self.layout.targets, strict=True):
+        end = self.layout.table_words * kernels.WORD
+        layout = self.layout
+        every: tuple[Any, ...] = (*layout.slots, *layout.outputs)
+        for slot, target in zip(every, (*layout.targets, *layout.output_targets), strict=True):
             assert target >= end, f"{slot!r} overlaps what lies before it"
             end = target + slot.spec.size_bytes
         assert end <= self.layout.arena_bytes
         table = self._table.copy_to_host()
         assert table[kernels.STEP] == self.ring.step, (table[kernels.STEP], self.ring.step)
         assert table[kernels.DONE] == 0 and self.ring.pending == 0
-        assert table[kernels.HEAD :].tolist() == self._rows(), "the fill table was overwritten"
+        assert table[kernels.SENT] == 0
+        assert table[kernels.HEAD : self.layout.step_at].tolist() == self._rows(), "the fill table was overwritten"
+        assert table[self.layout.sends_at :].tolist() == self._sends(), "the send table was overwritten"
 
 
 def _no_mapping(inputs: object) -> TypeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from .. import _cuda
@@ -21,39 +22,57 @@ __all__ = ["CapturedStep", "Step", "recorded"]
 class Step(Shown, Mapping[str, Any]):
     """A step as the user's function sees it: a mapping from slot names to device views padded to the bucket.
 
+    Outputs are in it, too; those that the function asks for by ``step[name]`` are sent back to the host.
+
     Attributes
     ----------
     stream
         The Numba stream to launch on: ``kernel[grid, block, step.stream](step["input_ids"], ...)``.
     bucket : dict
         Axis -> padded size.
+    live : dict
+        Axis -> device array of shape (1,), int64: the live size of the step that runs, for kernels to read. Work that
+        is queued outside of a step sees that of the last one.
     result
         What `replay` returns for this bucket; `capture_buckets` sets it to what the function returned.
     """
 
-    __slots__ = ("_views", "bucket", "result", "stream")
+    __slots__ = ("_outputs", "_views", "asked", "bucket", "live", "result", "stream")
 
-    def __init__(self, stream: _cuda.Stream, bucket: dict[str, int], views: dict[str, Any]) -> None:
+    def __init__(
+        self, stream: _cuda.Stream, bucket: dict[str, int], views: dict[str, Any],
+        outputs: Mapping[str, Any] = MappingProxyType({}), live: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.stream = stream
         self.bucket = bucket
+        self.live = live
         self._views = views
+        self._outputs = list(outputs.items())
+        self.asked = 0
         self.result: Any = None
 
     def __getitem__(self, name: str) -> Any:
-        try:
-            return self._views[name]
-        except KeyError:
-            raise KeyError(f"{name!r} is not a static slot; there are {', '.join(self._views)}") from None
+        view = self._views.get(name)
+        if view is not None:
+            return view
+        for position, (output, view) in enumerate(self._outputs):
+            if output == name:
+                self.asked |= 1 << position
+                return view
+        raise KeyError(f"{name!r} is not a static slot; there are {', '.join(self)}")
 
     def __iter__(self) -> Any:
-        return iter(self._views)
+        return iter([*self._views, *(name for name, _ in self._outputs)])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._views or any(name == output for output, _ in self._outputs)
 
     def views(self) -> dict[str, Any]:
-        """Return the views in a dictionary of the caller's own."""
+        """Return the views of the inputs in a dictionary of the caller's own."""
         return self._views.copy()
 
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self._views) + len(self._outputs)
 
     def __repr__(self) -> str:
         return f"Step({', '.join(f'{axis}={size}' for axis, size in self.bucket.items())})"
@@ -75,6 +94,8 @@ class CapturedStep(Shown):
         Padded size per axis, in the manager's order of axes (tokens first).
     padded : tuple of int
         Padded rows per static slot.
+    sends : int
+        A bit for each output that the graph sends back.
     arena : Arena
         The memory that the graph was captured over; it runs over no other.
     plain : bool
@@ -88,8 +109,8 @@ class CapturedStep(Shown):
     """
 
     __slots__ = (
-        "_graph", "arena", "last_used", "launch_on", "live", "nbytes", "number", "padded", "plain", "sizes", "step",
-        "steps",
+        "_graph", "arena", "last_used", "launch_on", "live", "nbytes", "number", "padded", "plain", "sends", "sizes",
+        "step", "steps",
     )  # fmt: skip
 
     def __init__(self, step: Step, sizes: tuple[int, ...], padded: tuple[int, ...], arena: Any) -> None:
@@ -100,6 +121,7 @@ class CapturedStep(Shown):
         self.padded = padded
         self.arena = arena
         self.plain = False
+        self.sends = 0
         self.nbytes = self.steps = self.live = self.last_used = 0
         self.number = next(_numbers)
 
@@ -125,7 +147,12 @@ class CapturedStep(Shown):
 
 @contextlib.contextmanager
 def recorded(
-    stream: _cuda.Stream, fill: Callable[[Any], None], captured: CapturedStep, *, dry: bool = False
+    stream: _cuda.Stream,
+    fill: Callable[[Any], None],
+    captured: CapturedStep,
+    *,
+    dry: bool = False,
+    send: Callable[[Any, int], None] | None = None,
 ) -> Iterator[CapturedStep]:
     """Capture what is queued on a stream inside a ``with`` block into `captured`, and give it.
 
@@ -137,6 +164,8 @@ def recorded(
         Launches the fill on the stream it is given: the graph's first node.
     captured : CapturedStep
         Gets the graph when the block ends well.
+    send
+        Launches the way back of the outputs that the block asked for, if it did: the graph's last node.
     dry : bool
         Drop what was recorded: the block compiles and loads its kernels, and nothing of it ever runs.
 
@@ -150,6 +179,9 @@ def recorded(
         capture.begin()
         fill(stream)
         yield captured
+        if send is not None and captured.step.asked:
+            send(stream, captured.step.asked)
+            captured.sends = captured.step.asked
         if not dry:
             captured.hold(capture.end())
     except Exception as error:

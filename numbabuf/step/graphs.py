@@ -6,6 +6,8 @@ sizes, no slots and no memory. Sits above `graph`, below `program` and `fill`, w
 
 from __future__ import annotations
 
+import functools
+import operator
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -63,6 +65,11 @@ class Graphs:
     def exact(self, sizes: tuple[int, ...]) -> CapturedStep | None:
         """Return the graph of these very sizes, if there is one."""
         return self._by_sizes.get(sizes)
+
+    @property
+    def sends(self) -> int:
+        """A bit for each output that one of the graphs sends."""
+        return functools.reduce(operator.or_, (graph.sends for graph in self._graphs), 0)
 
     def largest(self, axis: int, rest: tuple[int, ...] = ()) -> int:
         """Return the largest size of `axis` among the graphs that cover `rest`, the sizes past the tokens."""

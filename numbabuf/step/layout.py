@@ -15,12 +15,16 @@ from .._cuda import kernels
 from ..checks import whole_number
 from ..demand import buckets as bucket_lists_of
 from ..errors import BucketOverflowError
+from .output import OutputSlot
 from .slot import InputSlot
 
 __all__ = ["ALIGNMENT", "Layout", "SlotSet", "align", "bucket_lists"]
 
 ALIGNMENT = 256
 """Bytes on which blocks, and slots within the arena, begin: what the driver aligns its own allocations to."""
+
+MAX_OUTPUTS = 62
+"""Outputs of a manager: which of them a step sends is told by the bits of one word."""
 
 MAX_SLOTS = 65_535
 """Static slots of a manager: the largest second dimension of a grid (CUDA C++ Programming Guide, "Compute
@@ -59,6 +63,12 @@ class Layout:
         Where each slot begins in the arena, behind the fill table, and the arena's bytes.
     sources, words_bytes, block_bytes : tuple of int, int, int
         Where each slot's values begin in a staging block, behind its live words, and their and the block's bytes.
+    outputs : tuple of OutputSlot
+        In the order of their positions.
+    output_targets : tuple of int
+        Where each output begins in the arena.
+    returns, return_bytes : tuple of int, int
+        Where each output's values begin in a block of the return ring, and the block's bytes.
     """
 
     slots: tuple[InputSlot, ...]
@@ -70,29 +80,42 @@ class Layout:
     sources: tuple[int, ...]
     words_bytes: int
     block_bytes: int
+    outputs: tuple[OutputSlot, ...] = ()
+    output_targets: tuple[int, ...] = ()
+    returns: tuple[int, ...] = ()
+    return_bytes: int = 0
 
     @classmethod
-    def of(cls, slots: Sequence[InputSlot], given: Mapping[str, tuple[int, ...]], max_tokens: int) -> Layout:
-        """Return the layout of `slots`, with the buckets `given` for some axes.
+    def of(
+        cls, slots: Sequence[InputSlot], given: Mapping[str, tuple[int, ...]], max_tokens: int,
+        outputs: Sequence[OutputSlot] = (),
+    ) -> Layout:  # fmt: skip
+        """Return the layout of `slots` and `outputs`, with the buckets `given` for some axes.
 
         Raises
         ------
         ValueError
             A bucket is larger than the slots, or is given for an axis that no slot follows.
         """
-        axes = tuple(dict.fromkeys(["tokens", *(slot.axis for slot in slots if slot.axis is not None)]))
+        every: tuple[Any, ...] = (*slots, *outputs)
+        following = sorted(every, key=lambda slot: slot.axis_index)
+        axes = tuple(dict.fromkeys(["tokens", *(slot.axis for slot in following if slot.axis is not None)]))
         limits = []
         for axis in axes:
-            limits.append(max((slot.capacity - slot.extra for slot in slots if slot.axis == axis), default=max_tokens))
+            room = [max((slot.capacity - slot.extra for slot in slots if slot.axis == axis), default=max_tokens)]
+            limits.append(min(room + [slot.capacity - slot.extra for slot in outputs if slot.axis == axis]))
         rows = max(1, len(slots))  # a launch has a row of thread blocks even without a slot, which finds zeros
-        words_bytes = rows * kernels.LIVE * kernels.WORD
-        table_bytes = (kernels.HEAD + kernels.ROW * rows) * kernels.WORD
-        targets, arena_bytes = _places(table_bytes, [slot.spec.size_bytes for slot in slots])
+        step_words = kernels.SIZES + len(axes)
+        words_bytes = (rows * kernels.LIVE + step_words) * kernels.WORD
+        table_words = kernels.HEAD + kernels.ROW * rows + step_words + kernels.SEND_ROW * len(outputs)
+        places, arena_bytes = _places(table_words * kernels.WORD, [slot.spec.size_bytes for slot in every])
         staged = [slot.max_live * slot.source_dtype.itemsize for slot in slots]
         sources, block_bytes = _places(words_bytes, staged)
+        returns, return_bytes = _places(0, [slot.max_live * slot.result_dtype.itemsize for slot in outputs])
         plain = cls(
             tuple(slots), axes, tuple(limits), tuple(bucket_lists_of.powers_of_two(limit) for limit in limits),
-            targets, arena_bytes, sources, words_bytes, block_bytes,
+            places[: len(slots)], arena_bytes, sources, words_bytes, block_bytes,
+            tuple(outputs), places[len(slots) :], returns, return_bytes,
         )  # fmt: skip
         return plain.with_buckets(given)
 
@@ -112,6 +135,30 @@ class Layout:
     def ring_bytes(self, depth: int) -> int:
         """Return the bytes of a staging ring of `depth` blocks, its count of read blocks first."""
         return ALIGNMENT + depth * self.block_bytes
+
+    def return_ring_bytes(self, depth: int) -> int:
+        """Return the bytes of a return ring of `depth` blocks, the number of the last step first."""
+        return ALIGNMENT + depth * self.return_bytes
+
+    @property
+    def step_at(self) -> int:
+        """Which word of the table is the first of the step's."""
+        return kernels.HEAD + kernels.ROW * max(1, len(self.slots))
+
+    @property
+    def step_words(self) -> int:
+        """How many words the step has."""
+        return kernels.SIZES + len(self.axes)
+
+    @property
+    def sends_at(self) -> int:
+        """Which word of the table is the first of the outputs'."""
+        return self.step_at + self.step_words
+
+    @property
+    def table_words(self) -> int:
+        """Words of the table."""
+        return self.sends_at + kernels.SEND_ROW * len(self.outputs)
 
     @property
     def nothing(self) -> tuple[int, ...]:
@@ -161,6 +208,10 @@ class Layout:
     def rows(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Return the rows of each slot in a step padded to `sizes`."""
         return tuple(min(slot.capacity, slot.rows(sizes)) for slot in self.slots)
+
+    def output_rows(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the rows of each output in a step padded to `sizes`."""
+        return tuple(min(slot.capacity, slot.rows(sizes)) for slot in self.outputs)
 
     def holds(self, live: Sequence[int]) -> bool:
         """Return whether the slots hold a step of these sizes."""
@@ -225,6 +276,7 @@ class SlotSet:
         self.by_name: dict[str, InputSlot] = {}
         self.buckets = bucket_lists(buckets, max_tokens)
         self._max_tokens = max_tokens
+        self.outputs: dict[str, OutputSlot] = {}
         self._static: list[InputSlot] = []
         self._axes = ["tokens"]
         self._layout: Layout | None = None
@@ -233,12 +285,26 @@ class SlotSet:
     def layout(self) -> Layout:
         """The layout of the slots so far; ValueError where the buckets do not fit them."""
         if self._layout is None:
-            self._layout = Layout.of(self._static, self.buckets, self._max_tokens)
+            outputs = tuple(self.outputs.values())
+            self._layout = Layout.of(self._static, self.buckets, self._max_tokens, outputs)
         return self._layout
 
-    def check(self, slot: InputSlot) -> None:
-        """Refuse a slot that the others leave no room for."""
+    def find(self, name: str) -> InputSlot | OutputSlot | None:
+        """Return the slot or output of a name, if there is one."""
+        return self.by_name.get(name) or self.outputs.get(name)
+
+    def check(self, slot: InputSlot | OutputSlot) -> None:
+        """Refuse a slot, or an output, that the others leave no room for."""
         name = slot.name
+        other = self.find(name)
+        if other is not None:
+            raise ValueError(f"slot {name!r} is registered already, as {other!r}")
+        if isinstance(slot, OutputSlot):
+            if len(self.outputs) >= MAX_OUTPUTS:
+                raise ValueError(
+                    f"output {name!r} is one too many: a manager has at most {MAX_OUTPUTS}; put several into one"
+                )
+            return
         if slot.static and len(self._static) >= MAX_SLOTS:
             raise ValueError(
                 f"slot {name!r} is one too many: a fill launches a row of thread blocks for each, of which a "
@@ -253,13 +319,23 @@ class SlotSet:
     def add(self, slot: InputSlot, resolve: Any, set_data: Any) -> None:
         """Give `slot` its name, and a static one its position and its axis."""
         if slot.static:
-            if slot.axis is not None and slot.axis not in self._axes:
-                self._axes.append(slot.axis)
-            axis_index = -1 if slot.axis is None else self._axes.index(slot.axis)
-            slot.bind(len(self._static), axis_index, resolve, set_data)
+            slot.bind(len(self._static), self._axis(slot.axis), resolve, set_data)
             self._static.append(slot)
             self._layout = None
         self.by_name[slot.name] = slot
+
+    def add_output(self, slot: OutputSlot, resolve: Any) -> None:
+        """Give an output its name, its position and its axis."""
+        slot.bind(len(self.outputs), self._axis(slot.axis), resolve)
+        self.outputs[slot.name] = slot
+        self._layout = None
+
+    def _axis(self, axis: str | None) -> int:
+        if axis is None:
+            return -1
+        if axis not in self._axes:
+            self._axes.append(axis)
+        return self._axes.index(axis)
 
 
 def _places(first: int, nbytes: Sequence[int]) -> tuple[tuple[int, ...], int]:

@@ -24,6 +24,7 @@ from .graph import Step
 from .layout import Layout, SlotSet
 from .lease import Lease
 from .order import put_behind
+from .output import OutputSlot
 from .overflow import Overflow
 from .program import CapturedSize, Program, check_function
 from .programs import Programs
@@ -45,6 +46,9 @@ class InputBufferManager(Resource):
         The default slots hold ``max_batch_size * max_seq_len`` tokens.
     ring : int
         Staging blocks: how many steps the host may be ahead of the device before it waits.
+    returns : int, optional
+        Return blocks: the outputs of how many steps wait for their reader where the device put them; those of older
+        ones are copied out. Default: `ring`, at least 2.
     buckets : sequence of int, or mapping of axis to sequence of int, optional
         Padded sizes; a bare sequence is for the axis "tokens". Default: powers of two up to the largest size.
     overflow : {"raise", "eager", "split"}
@@ -101,6 +105,7 @@ class InputBufferManager(Resource):
         max_seq_len: int = 4096,
         *,
         ring: int = 4,
+        returns: int | None = None,
         buckets: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
         overflow: str = "raise",
         default_slots: bool = True,
@@ -111,6 +116,7 @@ class InputBufferManager(Resource):
         self.max_seq_len = whole_number("max_seq_len", max_seq_len, least=1)
         self.max_tokens = self.max_batch_size * self.max_seq_len
         depth = whole_number("ring", ring, least=1)
+        depths = depth, max(2, depth) if returns is None else whole_number("returns", returns, least=1)
         policy = Overflow(overflow)
         self.overflow = overflow
         if pool is not None and not isinstance(pool, BufferPool):
@@ -125,7 +131,7 @@ class InputBufferManager(Resource):
             )
         self.stream = queue.numba
         self.owns_pool = pool is None
-        self._shared = Shared(SimpleBufferPool() if pool is None else pool, queue, slots, depth)
+        self._shared = Shared(SimpleBufferPool() if pool is None else pool, queue, slots, depths)
         self._fill = Fill(self._shared, policy)
         self._programs = Programs(self._shared, self._fill, policy)
         self._first = self._programs.first
@@ -171,10 +177,6 @@ class InputBufferManager(Resource):
         max_live : int, optional
             Most elements one step stages; the staging ring keeps room for no more. Default: all.
 
-        Returns
-        -------
-        slot : InputSlot
-
         Raises
         ------
         ValueError, TypeError
@@ -186,8 +188,6 @@ class InputBufferManager(Resource):
         with shared.alone("register_slot"):
             shared.check_open()
             slots = shared.slots
-            if name in slots.by_name:
-                raise ValueError(f"slot {name!r} is registered already, as {slots.by_name[name]!r}")
             slot = InputSlot(
                 name, spec, static=is_static, pad=pad, index=index, source_dtype=source_dtype, axis=axis,
                 max_live=max_live, range_check=self._range_check,
@@ -199,19 +199,56 @@ class InputBufferManager(Resource):
             slots.add(slot, shared.array, self._fill.set_slot)
             return slot
 
-    def get_slot(self, name: str) -> InputSlot:
-        """Return the slot `name`.
+    def register_output(
+        self,
+        name: str,
+        spec: BufferSpec,
+        *,
+        axis: str | None = "tokens",
+        result_dtype: Any = None,
+        max_live: int | None = None,
+    ) -> OutputSlot:
+        """Add a named output: a device array that kernels write, whose live rows every step sends back to the host.
+
+        A function that asks for it, by ``step[name]``, has its values sent by the last node of its graph, so that
+        `replay` returns `Outputs`. An output is neither padded nor filled; what a step does not write is what the
+        array held before.
+
+        Parameters
+        ----------
+        name : str
+        spec : BufferSpec
+            Capacity and element type.
+        axis : str or None
+            As for `register_slot`: how many rows a step sends; None sends all.
+        result_dtype
+            Element type on the host where it differs; converted on the device, with NumPy's rounding.
+        max_live : int, optional
+            Most elements one step sends; the return ring keeps room for no more. Default: all.
 
         Raises
         ------
-        KeyError
-            There is none.
+        ValueError, TypeError, BusyError
+            As `register_slot`.
         """
-        slots = self._shared.slots.by_name
-        try:
-            return slots[name]
-        except KeyError:
-            raise KeyError(f"no slot {name!r}; registered are {', '.join(slots) or 'none'}") from None
+        shared = self._shared
+        with shared.alone("register_output"):
+            shared.check_open()
+            output = OutputSlot(name, spec, axis=axis, result_dtype=result_dtype, max_live=max_live)
+            shared.slots.check(output)
+            shared.check_movable(f"output {name!r} cannot be added")
+            shared.dismantle(keep=True)
+            shared.slots.add_output(output, shared.array)
+            return output
+
+    def get_slot(self, name: str) -> InputSlot | OutputSlot:
+        """Return the slot, or the output, `name`; KeyError where there is none."""
+        slots = self._shared.slots
+        found = slots.find(name)
+        if found is None:
+            there = ", ".join([*slots.by_name, *slots.outputs])
+            raise KeyError(f"no slot {name!r}; registered are {there or 'none'}")
+        return found
 
     @property
     def slots(self) -> tuple[InputSlot, ...]:
@@ -419,7 +456,8 @@ class InputBufferManager(Resource):
         Returns
         -------
         result
-            What the captured function returned for the bucket; of the last piece, if the step was split.
+            What the captured function returned for the bucket; of the last piece, if the step was split. Where the
+            function asked for outputs: `Outputs`, whose `result` is that.
 
         Raises
         ------
@@ -460,10 +498,6 @@ class InputBufferManager(Resource):
             The sizes that its `capture_buckets` captures by default; by default the manager's.
         overflow : {"raise", "eager", "split"}, optional
             By default the manager's.
-
-        Returns
-        -------
-        program : Program
 
         Raises
         ------
@@ -537,10 +571,7 @@ class InputBufferManager(Resource):
         """
         shared = self._shared
         if isinstance(other, InputBufferManager):
-            theirs = other._shared  # noqa: SLF001  # this very class
-            with theirs.lock:  # never both locks: two managers may wait for each other in two threads
-                theirs.check_open()
-            stream = theirs.stream
+            stream = other._shared.open_stream()  # noqa: SLF001  # this very class
         else:
             stream = _cuda.default_stream() if other is None else _cuda.as_stream(other)
         with shared.alone("wait_for"):
@@ -574,15 +605,11 @@ class InputBufferManager(Resource):
         shared = self._shared
         if not self.closed:
             with shared.alone("close"):
-                if shared.life.ended:
-                    shared.bury()
-                else:
-                    shared.capturing.refuse("the manager cannot be closed")
-                    try:
-                        shared.close()
-                    except Exception:
-                        self.owns_pool &= not self.closed  # its frees would fail like this, at every further close
-                        raise
+                try:
+                    shared.close()
+                except Exception:
+                    self.owns_pool &= not self.closed  # its frees would fail like this, at every further close
+                    raise
                 self._first.function = None
         self._fences = Fences()  # the events of the old go with the pool's memory
         if self.owns_pool:
@@ -599,50 +626,24 @@ class InputBufferManager(Resource):
 
     def stats(self) -> ManagerStats:
         """Return one consistent snapshot of the counters."""
-        shared = self._shared
-        with shared.lock:
-            arena = shared.arena
-            steps, live = self._programs.totals()
-            return ManagerStats(
-                steps=sum(steps.values()),
-                live_tokens=sum(live.values()),
-                padded_tokens=sum(tokens * ran for tokens, ran in steps.items()),
-                buckets=steps,
-                overflows=self._programs.overflows,
-                ring_waits=shared.waits + (arena.ring.waits if arena else 0),
-                graphs=sum(len(table) for table in shared.tables if table is not shared.fills),
-                arena_bytes=arena.layout.arena_bytes if arena else 0,
-                ring_bytes=arena.ring_bytes if arena else 0,
-                bucket_tokens=live,
-                programs={name: program.stats() for name, program in self.programs.items()},
-            )
+        with self._shared.lock:
+            return self._programs.stats()
 
     def check(self) -> None:
         """Assert the manager's own invariants; waits for all steps.
 
-        Raises
-        ------
-        AssertionError
-            Slots overlap, a graph was captured over other memory, or host and device disagree about the steps.
+        AssertionError: slots overlap, a graph was captured over other memory, or host and device count steps apart.
         """
-        shared = self._shared
-        with shared.alone("check"):
-            shared.check_context()
-            for table in shared.tables:
-                table.check()
-                assert all(graph.arena is shared.arena for graph in table)
-            if shared.arena is not None:
-                shared.synchronize()
-                shared.arena.check()
+        self._shared.check()
 
     @property
     def pending(self) -> tuple[int, int] | None:
         """Blocks of the staging ring that a queued fill may still read, and the ring's depth; None where none is."""
         # Once: another thread may give the memory back meanwhile. Nor is memory read that went with its context.
         arena = None if self._shared.life.ended else self._shared.arena
-        return None if arena is None else (arena.ring.pending, self._shared.depth)
+        return None if arena is None else (arena.ring.pending, self._shared.depths[0])
 
     def __repr__(self) -> str:
         shared, name = self._shared, type(self).__name__
         state = "closed" if self.closed else f"{sum(len(table) for table in shared.tables[1:])} graphs"
-        return f"{name}({len(self.slots)} slots, {self.max_tokens} tokens, ring={shared.depth}, {state})"
+        return f"{name}({len(self.slots)} slots, {self.max_tokens} tokens, ring={shared.depths[0]}, {state})"

@@ -17,6 +17,8 @@ from .choice import Choice
 from .graph import CapturedStep
 from .graphs import Graphs
 from .layout import Layout
+from .output import OutputSlot
+from .returns import SplitOutputs
 from .shared import Shared
 from .slot import InputSlot
 
@@ -30,14 +32,18 @@ POLICIES = ("raise", "eager", "split")
 """Refuse the step; run fill and function without a graph; replay it in pieces along the tokens."""
 
 
-def uncut(slots: Sequence[InputSlot]) -> InputSlot | None:
+def uncut(slots: Sequence[InputSlot], outputs: Sequence[OutputSlot] = ()) -> InputSlot | OutputSlot | None:
     """Return a slot that no cut along the tokens divides rightly, so that no step over `slots` may be split.
 
-    Offsets on "seqs+1", say, point into all tokens of the step; a piece that gets them all reads out of its bounds.
+    Offsets on "seqs+1", say, point into all tokens of the step; a piece that gets them all reads out of its bounds. Of
+    an output that does not follow the tokens, every piece would make another whole.
     """
     for slot in slots:
         if slot.axis not in ("tokens", None) or slot.extra:
             return slot
+    for output in outputs:
+        if output.axis != "tokens" or output.extra:
+            return output
     return None
 
 
@@ -165,9 +171,16 @@ class Overflow:
             raise GraphMissingError("overflow='eager' runs the function given to capture_buckets; none was given")
         arena.layout.check(wanted)
         target = shared.plain(arena, wanted)
-        arena.write_all(inputs, live, target.padded)
+        block = arena.write_all(inputs, live, target.padded)
+        # Number and place go in with the inputs, before the function says which outputs it writes.
+        outputs = None if arena.returns is None else arena.claim(program.graphs.sends, block, live, skip=True)
         self.submit(arena, program.graphs, target, live)
-        return program.function(target.step)
+        result, asked = program.function(target.step), target.step.asked
+        if outputs is None or not asked:
+            return result
+        arena.launch_send(shared.stream, asked, wanted)
+        outputs.chosen = asked
+        return arena.own(outputs, result)
 
     def _split(
         self, arena: Arena, graphs: Graphs, inputs: Any, live: tuple[int, ...], each: Each | None, choice: Choice
@@ -175,16 +188,22 @@ class Overflow:
         """Replay a step in pieces that fill the largest graph they can; its slots follow tokens or nothing."""
         pieces = cut(inputs, live[0], graphs.filled(live[0]), arena.layout.slots)
         self.count += 1
-        result = None
+        result, sent = None, []
         for start, stop, piece in pieces:
             sizes = (stop - start,)
             target = graphs.covering(choice.wanted(arena.layout, sizes))
             assert target is not None
-            arena.write(arena.ring.acquire(), piece, sizes, target.padded)
-            result = arena.submit(target, stop - start)
+            block = arena.ring.acquire()
+            arena.write(block, piece, sizes, target.padded)
+            if target.sends:
+                # A piece that is queued cannot be taken back, so that one behind it does not wait for a reader.
+                result = arena.send(target, block, sizes, skip=True)
+                sent.append(result)
+            else:
+                result = arena.submit(target, stop - start)
             if each is not None:
                 each(result, start, stop)
-        return result
+        return SplitOutputs(sent) if sent else result
 
     def _uncovered(
         self, layout: Layout, program: Program, inputs: Any, live: tuple[int, ...], choice: Choice
@@ -197,9 +216,9 @@ class Overflow:
         if self.policy != "split" and _can_split(layout, graphs, inputs, live, choice):
             ways.append("split")
         why = f" (at_least asks for {dict(choice.at_least)})" if wanted != live else ""
-        whole = uncut(layout.slots)
+        whole = uncut(layout.slots, layout.outputs)
         if self.policy == "split" and whole is not None:
-            follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis
+            follows = f"{whole.axis}+{whole.extra}" if whole.extra else whole.axis or "nothing"
             why += (
                 f"; overflow='split' cuts along the tokens alone, and of slot {whole.name!r}, which follows {follows}, "
                 "every piece would get the whole"
@@ -225,7 +244,7 @@ def _can_split(layout: Layout, graphs: Graphs, inputs: Any, live: tuple[int, ...
 
     A piece fills its graph, but for the last. Nor is there a piece of a size that only the whole step could have.
     """
-    if uncut(layout.slots) is not None:
+    if uncut(layout.slots, layout.outputs) is not None:
         return False
     width = graphs.filled(live[0])
     if width < max(1, *choice.wanted(layout, layout.nothing)):

@@ -26,6 +26,7 @@ from .graphs import Graphs
 from .layout import Layout, bucket_lists
 from .lease import Each, Lease, check_each
 from .overflow import Overflow
+from .returns import Held, ReturnRing
 from .shared import Shared
 from .stats import ProgramStats
 
@@ -155,6 +156,7 @@ class Program(Resource):
             shared.refuse_inside("replay")
         if each is not None:
             check_each(each)
+        held = None
         with shared.lock:
             arena = shared.arena
             if arena is None or shared.life.ended or shared.pool.closed or not _this_thread.ready:
@@ -169,15 +171,26 @@ class Program(Resource):
                 if target is None:
                     result = self._run_uncovered(arena, inputs, live, each, choice)
                 else:
-                    if arena.write(arena.ring.acquire(), inputs, live, target.padded) != len(inputs):
+                    block = arena.ring.acquire()
+                    if arena.write(block, inputs, live, target.padded) != len(inputs):
                         arena.refuse_others(inputs)
-                    result = arena.submit(target, live[0])
-        if arena is None:  # memory is made with no lock held; then the step begins anew
-            shared.prepare("replay")
+                    try:
+                        result = arena.send(target, block, live) if target.sends else arena.submit(target, live[0])
+                    except Held:
+                        held, arena = arena.returns, None
+        if arena is None:
+            self._make_way(held)  # with no lock held; then the step begins anew
             return self.run(inputs, num_tokens, each, sizes, choice)
         if self.observer is not None:
             self.observe(live[0])
         return result
+
+    def _make_way(self, held: ReturnRing | None) -> None:
+        """Give the slots memory, or wait for who holds a return block, and may want the lock."""
+        if held is None:
+            self._shared.prepare("replay")
+        else:
+            held.wait_free()
 
     def _run_uncovered(
         self, arena: Arena, inputs: Mapping[str, Any], live: tuple[int, ...], each: Each | None, choice: Choice | None
@@ -258,7 +271,7 @@ class Program(Resource):
             # lock keeps other threads out, and `Shared.refuse_inside` what `each` might stage in this one.
             return self._run_uncovered(arena, lease.written, live, each, choice)
         arena.describe(lease.block, lease.written, live, target.padded)
-        return arena.submit(target, live[0])
+        return arena.send(target, lease.block, live, skip=True) if target.sends else arena.submit(target, live[0])
 
     # -------------------------------------------------------------------------------------------------------- graphs
 

@@ -14,6 +14,7 @@ from .graphs import Graphs, totals
 from .overflow import Overflow
 from .program import Program
 from .shared import Shared
+from .stats import ManagerStats
 
 __all__ = ["Programs"]
 
@@ -77,14 +78,25 @@ class Programs:
         for program in self._by_name.values():
             program.observer = observer
 
-    @property
-    def overflows(self) -> int:
-        """Steps that no graph covered and that ran all the same, of all programs ever."""
-        return self._gone_overflows + sum(program.overflow.count for program in self._by_name.values())
-
-    def totals(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Return the steps, and the live tokens, of all programs ever and of the fill, per bucket of tokens."""
-        return totals((self._gone, *self._shared.tables))
+    def stats(self) -> ManagerStats:
+        """Return the counts of all programs ever, and of what they share; under the lock."""
+        shared, arena = self._shared, self._shared.arena
+        returns = arena.returns if arena else None
+        steps, live = totals((self._gone, *shared.tables))
+        return ManagerStats(
+            steps=sum(steps.values()),
+            live_tokens=sum(live.values()),
+            padded_tokens=sum(tokens * ran for tokens, ran in steps.items()),
+            buckets=steps,
+            overflows=self._gone_overflows + sum(program.overflow.count for program in self._by_name.values()),
+            ring_waits=shared.past["waits"] + (arena.ring.waits if arena else 0),
+            graphs=sum(len(table) for table in shared.tables if table is not shared.fills),
+            arena_bytes=arena.layout.arena_bytes if arena else 0,
+            ring_bytes=arena.ring_bytes if arena else 0,
+            late_reads=shared.past["late_reads"] + (returns.late_reads if returns else 0),
+            bucket_tokens=live,
+            programs={name: program.stats() for name, program in self.open.items()},
+        )
 
 
 def _free_name(fn: Callable[[Step], Any], taken: Mapping[str, Program]) -> str:

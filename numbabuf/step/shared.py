@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .. import _cuda
@@ -21,6 +22,7 @@ from .graph import CapturedStep
 from .graphs import Graphs
 from .layout import SlotSet
 from .lease import Lease
+from .output import OutputSlot
 from .right import CaptureRight, Right
 from .slot import InputSlot
 
@@ -51,8 +53,8 @@ class Shared:
     stream : _cuda.Stream
         Where steps are queued.
     slots : SlotSet
-    depth : int
-        Staging blocks.
+    depths : tuple of int
+        Blocks of the staging ring and of the return ring.
 
     Attributes
     ----------
@@ -74,12 +76,12 @@ class Shared:
         Of the fill alone.
     tables : list of Graphs
         All programs' graphs, and `fills`.
-    waits : int
-        How often the rings of earlier arenas were waited for.
+    past : Counter
+        What earlier arenas counted: "waits" for a staging block, "late_reads" of outputs.
     """
 
-    def __init__(self, pool: BufferPool, stream: _cuda.Stream, slots: SlotSet, depth: int) -> None:
-        self.pool, self.stream, self.slots, self.depth = pool, stream, slots, depth
+    def __init__(self, pool: BufferPool, stream: _cuda.Stream, slots: SlotSet, depths: tuple[int, int]) -> None:
+        self.pool, self.stream, self.slots, self.depths = pool, stream, slots, depths
         with _cuda.on_device(stream.device):
             self.life = _cuda.lifetime()
         turns = Turns()
@@ -91,7 +93,7 @@ class Shared:
         self.lease: Lease | None = None
         self.fills = Graphs(stream)
         self.tables = [self.fills]
-        self.waits = 0
+        self.past: Counter[str] = Counter()
         self.closed = ""
         _alive.add(self)
 
@@ -217,7 +219,10 @@ class Shared:
                 layout, kept = self.slots.layout, self._kept
             try:
                 _building.of.append(self)
-                arena = Arena(self.pool, layout, self.depth, self.stream, kept)
+                depth, returns = self.depths
+                arena = Arena(
+                    self.pool, layout, depth, self.stream, kept, returns=returns, why_closed=_why_closed(self)
+                )
             finally:
                 if self in _building.of:
                     _building.of.remove(self)
@@ -238,11 +243,11 @@ class Shared:
                 stack.enter_context(self._allocating.held())
             yield
 
-    def array(self, slot: InputSlot) -> Any:
-        """Return a slot's whole device array."""
+    def array(self, slot: InputSlot | OutputSlot) -> Any:
+        """Return the whole device array of a slot or an output."""
         while (arena := self.arena) is None or self.life.ended or self.pool.closed or not _cuda.this_thread.ready:
             self.prepare("the memory of a slot")
-        return arena.whole[slot.position]
+        return arena.whole[slot.name]
 
     def recording(
         self, arena: Arena, sizes: tuple[int, ...], *, dry: bool = False
@@ -262,6 +267,23 @@ class Shared:
         with _cuda.on_device(self.stream.device):  # this thread may never have called the driver, or lost its context
             self.stream.synchronize()
 
+    def open_stream(self) -> _cuda.Stream:
+        """Return the stream of the steps; ClosedError where none runs any more."""
+        with self.lock:  # and no other: two managers may wait for each other in two threads
+            self.check_open()
+        return self.stream
+
+    def check(self) -> None:
+        """Assert the invariants of the memory and of all graphs; waits for all steps."""
+        with self.alone("check"):
+            self.check_context()
+            for table in self.tables:
+                table.check()
+                assert all(graph.arena is self.arena for graph in table)
+            if self.arena is not None:
+                self.synchronize()
+                self.arena.check()
+
     def dismantle(self, *, keep: bool = False) -> None:
         """Give the memory back to the pool; `keep` holds it until the next arena has its contents."""
         if self.arena is None:
@@ -271,7 +293,10 @@ class Shared:
         arena, self.arena = self.arena, None  # before the rest, which may fail half-way
         if keep:
             self._kept = arena
-        self.waits += arena.ring.waits
+        self.past["waits"] += arena.ring.waits
+        if arena.returns is not None:
+            arena.returns.retire()
+            self.past["late_reads"] += arena.returns.late_reads
         if not keep:
             arena.release()
 
@@ -297,6 +322,10 @@ class Shared:
 
     def close(self) -> None:
         """Release everything, and be closed. A lease that is open ends."""
+        if self.life.ended:
+            self.bury()
+            return
+        self.capturing.refuse("the manager cannot be closed")
         if self.lease is not None and self.lease.open:
             self.lease.expire()
             self.lease = None
@@ -336,6 +365,19 @@ class Shared:
 
     def __repr__(self) -> str:
         return f"the manager of {len(self.slots.by_name)} slots"
+
+
+def _why_closed(shared: Shared) -> Callable[[], str]:
+    """Return what says why nothing of a manager is read any more; it does not keep the manager alive."""
+    me, life = weakref.ref(shared), shared.life
+
+    def why() -> str:
+        if life.ended:
+            return GONE
+        there = me()
+        return "" if there is None else there.closed
+
+    return why
 
 
 _CLOSED = "the manager is closed: make a new one"

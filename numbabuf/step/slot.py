@@ -21,7 +21,7 @@ from ..resource import Shown
 from .conversion import Conversion
 from .values import fitted, is_python
 
-__all__ = ["InputSlot"]
+__all__ = ["InputSlot", "check_spec", "parse_axis"]
 
 RESERVED = frozenset(
     "self inputs num_tokens each at_least max_padding timeout fn sizes on_progress warm_up verify".split()
@@ -69,16 +69,9 @@ class InputSlot(Shown):
         max_live: int | None,
         range_check: bool,
     ) -> None:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"slot name {name!r} is not a name: give a non-empty string")
-        if not isinstance(spec, BufferSpec):
-            raise TypeError(f"slot {name!r}: spec is {spec!r}: give a BufferSpec")
-        if 0 in spec.shape:
-            raise ValueError(f"slot {name!r}: shape {spec.shape} holds no elements: give dimensions that are all >= 1")
-        if not spec.shape and axis is not None:
-            raise ValueError(f"slot {name!r}: shape () has no dimension to follow {axis!r}: give axis=None")
+        check_spec(name, spec, axis)
         self.name, self.spec, self.static = name, spec, bool(static)
-        self.axis, self.extra = _parse_axis(name, axis)
+        self.axis, self.extra = parse_axis(name, axis)
         self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
         self.source_dtype = spec.dtype if source_dtype is None else resolve_dtype(source_dtype)
         self.conversion = Conversion.of(name, self.source_dtype, spec.dtype, self.width, pad, bool(index))
@@ -297,6 +290,18 @@ class InputSlot(Shown):
         return f"InputSlot({self.name!r}, {self.spec!r}, axis={self.axis}{extra}, pad={self.pad!r})"
 
 
+def check_spec(name: object, spec: object, axis: str | None) -> None:
+    """Refuse a name, or a spec, that no slot can have."""
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"slot name {name!r} is not a name: give a non-empty string")
+    if not isinstance(spec, BufferSpec):
+        raise TypeError(f"slot {name!r}: spec is {spec!r}: give a BufferSpec")
+    if 0 in spec.shape:
+        raise ValueError(f"slot {name!r}: shape {spec.shape} holds no elements: give dimensions that are all >= 1")
+    if not spec.shape and axis is not None:
+        raise ValueError(f"slot {name!r}: shape () has no dimension to follow {axis!r}: give axis=None")
+
+
 def _on_device(data: object) -> bool:
     """Whether `data`, no ndarray, is in memory that the host does not read."""
     if hasattr(data, "__cuda_array_interface__") or hasattr(data, "copy_to_host"):
@@ -311,7 +316,8 @@ def _casts(source: np.dtype, target: np.dtype) -> bool:
     return bool(np.can_cast(source, target, "safe")) and source.kind in "biufc"
 
 
-def _parse_axis(name: str, axis: str | None) -> tuple[str | None, int]:
+def parse_axis(name: str, axis: str | None) -> tuple[str | None, int]:
+    """Return the name and the offset of an axis; ValueError where it is none."""
     if axis is None:
         return None, 0
     match = _AXIS.fullmatch(axis) if isinstance(axis, str) else None

@@ -57,6 +57,8 @@ class ManagerStats(Shown):
         Device memory of the slots, pinned memory of the staging ring.
     bucket_tokens : dict of int to int
         Padded number of tokens -> live tokens of the steps that ran in it.
+    late_reads : int
+        Steps whose outputs were copied out, unread, by the step that took over their return block.
     programs : mapping of str to ProgramStats
         What each open program did; the steps of the fill alone are in none.
     """
@@ -71,6 +73,7 @@ class ManagerStats(Shown):
     arena_bytes: int
     ring_bytes: int
     bucket_tokens: dict[int, int] = field(default_factory=dict)
+    late_reads: int = 0
     programs: Mapping[str, ProgramStats] = field(default_factory=dict)
 
     @property

@@ -14,6 +14,7 @@ from ..pool.stats import PoolStats, ScopeStats
 from ..predict.stats import PredictionStats
 from ..step.graph import CapturedStep, Step
 from ..step.manager import InputBufferManager
+from ..step.output import OutputSlot
 from ..step.program import Program
 from ..step.slot import InputSlot
 from ..step.stats import ManagerStats, ProgramStats
@@ -74,6 +75,16 @@ def _slot(slot: InputSlot) -> str:
         ("pad", str(slot.pad)),
     ]
     return html.card(f"InputSlot {slot.name}", html.table(["", ""], rows))
+
+
+@show.register
+def _output(slot: OutputSlot) -> str:
+    rows = [
+        ("holds", f"{slot.spec}, {html.nbytes(slot.spec.size_bytes)}"),
+        ("sent as", f"{slot.result_dtype}, at most {slot.max_live:,} elements"),
+        ("follows", f"{slot.axis}+{slot.extra}" if slot.extra else slot.axis or "nothing: sent whole"),
+    ]
+    return html.card(f"OutputSlot {slot.name}", html.table(["", ""], rows))
 
 
 @show.register

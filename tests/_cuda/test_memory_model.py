@@ -1,6 +1,6 @@
-"""The end of `fill_slots` under the axioms of the PTX memory model: what may be read, in any execution they allow.
+"""The ends of `fill_slots` and `send_slots` under the axioms of the PTX memory model: what any execution may read.
 
-No machine at hand shows what these rows show. The kernel's last lines are restated as loads, stores, atomics and fences
+No machine at hand shows what these rows show. The kernels' last lines are restated as loads, stores, atomics and fences
 for two thread blocks and the host; a checker that lies beside the clone enumerates the executions. `test_sass.py` reads
 from the machine code that the kernel has the order that is stated here.
 """
@@ -43,14 +43,18 @@ def allowed(question, kernel, version):
 
     `question` is given the registers of the three device threads, then those of the host.
     """
+    other = OTHER_THREAD if BARRIER in kernel else READ
+    return ends([(0, 0, kernel, {}), (0, 0, other, {}), (1, 0, kernel, {}), (9, 9, HOST, {})], START, question, version)
+
+
+def ends(threads, start, question, version):
+    """Whether an execution of `threads`, each (block, device, program, registers), ends as `question` asks."""
     sys.path.insert(0, str(CHECKER))
     try:
         from ptxmm import check
     finally:
         sys.path.remove(str(CHECKER))
-    other = OTHER_THREAD if BARRIER in kernel else READ
-    threads = [(0, 0, kernel, {}), (0, 0, other, {}), (1, 0, kernel, {}), (9, 9, HOST, {})]
-    return bool(check(threads, START, version, want=question, stop=True))
+    return bool(check(threads, start, version, want=question, stop=True))
 
 
 def host_sees_the_count(registers):
@@ -104,3 +108,54 @@ def test_no_thread_sees_the_next_count(version):
 )
 def test_every_part_is_needed(mutant, question, version):
     assert allowed(question, mutant, version)
+
+
+# --------------------------------------------------------------------------------------------------------- the way back
+
+# A, B and C are the parts of a return block: 1 is what this step sends. SENT counts the thread blocks of this send.
+SEND_START = {"SENT": 0, "RETURNED": 0, "A": 0, "B": 0, "C": 0}
+SEND_REPORT = [("atom", "before", "SENT", "add", [1], "rlx", "gpu"), ("bne", "before", BLOCKS - 1, "end")]
+PUBLISH_SENT = ("st", "RETURNED", 1, "rlx", "sys")
+SEND = [BARRIER, SYSTEM_FENCE, *SEND_REPORT, SYSTEM_FENCE, ("st", "SENT", 0, "weak", None), PUBLISH_SENT, END]
+READER = [
+    ("ld", "seen", "RETURNED", "acq", "sys"), ("bne", "seen", 1, "end"),
+    *(("ld", part.lower(), part, "weak", None) for part in "ABC"), END,
+]  # fmt: skip
+
+
+def sent(question, kernel, version):
+    """As `allowed`, of a send: the first block's two threads write A and C, the second block writes B."""
+    parts = [("st", part, 1, "weak", None) for part in "ACB"]
+    barrier = [BARRIER] if BARRIER in kernel else []
+    programs = [(0, 0, [parts[0], *kernel]), (0, 0, [parts[1], *barrier]), (1, 0, [parts[2], *kernel]), (9, 9, READER)]
+    return ends([(*program, {}) for program in programs], SEND_START, question, version)
+
+
+def the_reader_sees_the_number(registers):
+    return registers[3].get("seen") == 1
+
+
+def a_part_is_missing(registers):
+    return registers[3].get("seen") == 1 and not all(registers[3].get(part) for part in "abc")
+
+
+@VERSIONS
+def test_what_is_published_has_arrived(version):
+    assert sent(the_reader_sees_the_number, SEND, version), "it publishes nothing: the other rows say nothing"
+    assert not sent(a_part_is_missing, SEND, version)
+
+
+@VERSIONS
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        SEND[1:],
+        [SEND[0], *SEND[2:]],
+        [*SEND[:4], *SEND[5:]],
+        [("st", "RETURNED", 1, "weak", None) if part == PUBLISH_SENT else part for part in SEND],
+        [*SEND[:2], PUBLISH_SENT, *SEND[2:-2], END],
+    ],
+    ids=["no barrier", "no fence before the sum", "no fence behind it", "weak publication", "published too early"],
+)
+def test_every_part_of_the_way_back_is_needed(mutant, version):
+    assert sent(a_part_is_missing, mutant, version)

@@ -65,7 +65,7 @@ def wide_accesses(row, kind):
 NAMES = [lab.kernel_name(kernel) for kernel, _ in kernels.KERNELS]
 EVERY_KERNEL = pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
 EVERY_ARCHITECTURE = pytest.mark.parametrize("arch", lab.ARCHITECTURES)
-STREAMING = [number for number, name in enumerate(NAMES) if name.startswith(("fill", "copy"))]
+STREAMING = [number for number, name in enumerate(NAMES) if name.startswith(("fill", "copy", "send"))]
 
 
 def test_the_lab_sees_local_memory_and_narrow_accesses(controls):
@@ -119,3 +119,18 @@ def test_the_fill_publishes_by_one_strong_store_behind_its_fences(compiled, arch
     assert end[:4] == ["BAR.SYNC", "MEMBAR.SC.GPU", "ATOMG.E.ADD", "MEMBAR.SC.SYS"]
     assert end[-1] == "STG.E.64.STRONG.SYS"
     assert end[4:-1] in (["STG"], ["STG", "STG"])  # DONE and STEP, which lie side by side
+
+
+SEND = NAMES.index("send_slots")
+
+
+@EVERY_ARCHITECTURE
+def test_the_way_back_publishes_by_one_strong_store_behind_its_fences(compiled, arch):
+    row = compiled[SEND, arch]
+    strong = {opcode: n for opcode, n in row["opcodes"].items() if opcode.startswith("STG") and "STRONG" in opcode}
+    assert strong == {"STG.E.64.STRONG.SYS": 1}
+    kinds = r"BAR\.SYNC|MEMBAR\.SC\.SYS|ATOMG\.E\.ADD|STG\.E\.64\.STRONG\.SYS|STG"
+    found = re.findall(rf"/\*[0-9a-f]+\*/\s+(?:@!?\w+ +)?({kinds})", row["sass"])
+    end = found[found.index("BAR.SYNC") :]
+    assert end == ["BAR.SYNC", "MEMBAR.SC.SYS", "ATOMG.E.ADD", "MEMBAR.SC.SYS", "STG", "STG.E.64.STRONG.SYS"]
+    assert row["registers"] <= REGISTERS[arch]

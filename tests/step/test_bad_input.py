@@ -463,6 +463,7 @@ def public(thing):
 
 ARGUMENTS = {
     "allocate": (BufferSpec(4),), "reserve": ([BufferSpec(4)],), "trim": (0,), "register_slot": ("late", BufferSpec(4)),
+    "register_output": ("sent", BufferSpec(4)),
     "stage_inputs": ({}, 0), "replay": ({}, 0), "stage": (0,), "capture_buckets": (lambda step: None,),
     "program": (lambda step: None,), "wait_for": (None,),
     "get_slot": ("input_ids",), "record_usage": (3,), "plan_buckets": (2,),
@@ -471,7 +472,7 @@ ARGUMENTS = {
 REFUSED = {
     "manager": {
         "stage_inputs", "replay", "stage", "capture", "capture_buckets", "register_slot", "get_static_tensors",
-        "wait_for",
+        "wait_for", "register_output",
     },
     "pool": {"allocate", "reserve"},
     "hierarchy": {"allocate", "reserve", "use", "promote", "demote", "prefetch"},
@@ -537,7 +538,7 @@ def test_each_call_may_come_from_a_thread_that_never_called_the_driver(which):
             thread = threading.Thread(target=run)
             thread.start()
             thread.join()
-            assert not failures or name == "register_slot", (name, failures)
+            assert not failures or name in ("register_slot", "register_output"), (name, failures)
         thing.check()
 
 

@@ -53,7 +53,7 @@ def test_nothing_in_the_ring_overlaps(depth):
     for number, block in enumerate(ring.blocks):
         words = np.asarray(block.words)
         assert words.ctypes.data == ring.address + number * ring.block_bytes, "where the kernel looks for them"
-        assert words.size == len(layout.slots) * kernels.LIVE and not words.any()
+        assert words.size == len(layout.slots) * kernels.LIVE + layout.step_words and not words.any()
         spans.append((words.ctypes.data, words.ctypes.data + words.nbytes))
         for slot, source, staged in zip(layout.slots, layout.sources, block.staged, strict=True):
             assert staged.ctypes.data == ring.address + number * ring.block_bytes + source
@@ -65,8 +65,8 @@ def test_nothing_in_the_ring_overlaps(depth):
 
 
 def test_a_ring_without_slots_has_words_for_the_one_row_that_is_launched():
-    ring, _ = make([])
-    assert [len(block.words) for block in ring.blocks] == [kernels.LIVE] * 2
+    ring, layout = make([])
+    assert [len(block.words) for block in ring.blocks] == [kernels.LIVE + layout.step_words] * 2
     assert not any(any(block.words) for block in ring.blocks)
     assert ring.block_bytes >= kernels.LIVE * kernels.WORD
 
