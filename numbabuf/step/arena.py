@@ -199,7 +199,7 @@ class Arena:
         words, staged = block.words, block.staged
         same = block.padded is padded
         block.padded = None
-        found = 0
+        found = len(self._slots)
         if type(inputs) is not dict and not isinstance(inputs, Mapping):
             raise _no_mapping(inputs)  # a queue has a `get` too
         get = inputs.get
@@ -211,10 +211,9 @@ class Arena:
                 data = get(slot.name)
                 position = slot.position
                 if data is None:
+                    found -= 1
                     slot.describe(words, 0, slot.width, padded[position])
-                    continue
-                found += 1
-                if type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
+                elif type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
                     if slot.checked:
                         slot.check_range(data)
                     staged[position][cut] = data

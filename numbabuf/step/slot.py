@@ -270,11 +270,18 @@ class InputSlot(Shown):
 
     def describe(self, words: memoryview, live: int, columns: int, padded: int) -> None:
         """Write into a block's words: `live` staged rows of `columns` elements, padded to `padded` rows."""
-        conversion, at = self.conversion, self.columns_word - kernels.COLUMNS
+        # Hot path, guarded by benchmarks/step.py: a step describes each slot that it gives nothing.
+        at = self.columns_word - kernels.COLUMNS
+        if self.flat:  # one long row, of one unit an element
+            words[at + kernels.ROWS] = words[at + kernels.PADDED_ROWS] = 1
+            words[at + kernels.COLUMNS] = live
+            words[at + kernels.PADDED_COLUMNS] = padded
+            return
+        conversion = self.conversion
         unit = conversion.unit
         width = self.width * unit
         columns *= unit
-        if self.flat or (columns == width and conversion.pad_mode != kernels.PAD_REPEAT):
+        if columns == width and conversion.pad_mode != kernels.PAD_REPEAT:
             # One long row; for rows that are repeated as a whole the kernel has to know where they begin.
             words[at + kernels.ROWS] = words[at + kernels.PADDED_ROWS] = 1
             words[at + kernels.COLUMNS] = live * width
