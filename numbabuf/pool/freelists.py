@@ -208,6 +208,12 @@ class FreeLists:
         lines = [line for each in self.by_key.values() for line in each.lines()]
         return [handle for line in list(map(list, lines)) for handle in line]
 
+    def idle_bytes(self, tier: Tier) -> int:
+        """Return the bytes of the idle blocks of a tier: O(capacities), as all blocks of a list have the same."""
+        kind = line_key(tier, 0)
+        sizes = [(key // len(Tier), each) for key, each in self.by_key.items() if key % len(Tier) == kind]
+        return sum(nbytes * sum(map(len, each.lines())) for nbytes, each in sizes)
+
     def largest(self, tiers: Iterable[Tier]) -> Iterator[tuple[Handle, Line]]:
         """Take blocks of some tiers out, the largest first, the longest idle first of each capacity.
 

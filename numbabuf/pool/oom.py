@@ -134,7 +134,7 @@ class Ladder:
         store, tier = self._store, spec.tier
         with store.lock:
             mine = [block for block in store.blocks if block.tier is tier]
-            idle = sum(handle.block.nbytes for handle in store.idle() if handle.block.tier is tier)
+            idle = store.lists.idle_bytes(tier)
             limit = store.ledger.limit(tier)
         try:
             info = _cuda.memory_info()

@@ -107,9 +107,7 @@ class TierStore(Store):
 
     def room_in(self, tier: Tier, *, pending: bool = False) -> int:
         """Return the bytes that can be had in a tier without moving anything, or by waiting for what is `pending`."""
-        blocks = [handle.block for handle in self.idle()]
-        if pending:
-            blocks += self.deferred.pending()
         room = self.ledger.room(tier)
         assert room is not None
-        return room + sum(block.nbytes for block in blocks if block.tier is tier)
+        coming = self.deferred.pending() if pending else []
+        return room + self.lists.idle_bytes(tier) + sum(block.nbytes for block in coming if block.tier is tier)

@@ -153,9 +153,8 @@ class Traffic:
         store = self._store
         self._residents.sweep()
         store.reap()
-        idle = sum(handle.block.nbytes for handle in store.idle() if handle.block.tier is tier)
         pending = sum(block.nbytes for block in store.deferred.pending() if block.tier is tier)
-        missing = store.ledger.reserved[tier] - nbytes - idle - pending
+        missing = store.ledger.reserved[tier] - nbytes - store.lists.idle_bytes(tier) - pending
         if missing > 0:
             self._give_way(tier, missing)
         if pending or missing > 0:

@@ -57,6 +57,25 @@ def test_what_is_no_limit_is_refused(pool, limits, error):
     assert dict(pool.limits) == before
 
 
+def test_all_idle_memory_of_a_tier_is_room_in_it(pool):
+    """Of every capacity, of whatever stream it was released on; none of another tier's."""
+    fixed = pool.allocate(spec(2048))
+    large = pool.allocate(spec(4096), movable=True)
+    assert large.tier is Tier.PINNED
+    idle = [(512, None), (512, None), (256, _cuda.as_stream(None))]
+    leases = [pool.allocate(spec(size), stream=stream) for size, stream in idle]
+    leases.append(pool.allocate(spec(128, Tier.PINNED)))
+    for lease in leases:
+        lease.release()
+    assert pool.stats().idle_bytes == 512 + 512 + 256 + 128
+    with pytest.raises(TierFullError, match="leave 2048"):
+        pool.promote([large])
+    fixed.release()
+    pool.promote([large])
+    assert large.tier is Tier.DEVICE
+    large.release()
+
+
 def test_the_advice_of_an_error_works(pool):
     entries = fill(pool, 4)
     with pytest.raises(TierFullError, match=r"raise limits\[Tier.DEVICE\]"):
