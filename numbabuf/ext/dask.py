@@ -181,14 +181,8 @@ class WorkerManager:
     enough for what reads no results, such as `record_usage` or `stats`, and for steps where the worker has one thread.
     Where it has more, a step outside of the block is refused with BusyError.
 
-    Examples
-    --------
-    In a task::
-
-        with worker_manager() as manager:
-            scores = manager.replay({"input_ids": tokens}, len(tokens))
-            manager.synchronize()
-            return scores.copy_to_host()[: len(tokens)]
+    `Fleet` shows a task with such a block. Without it, another thread's task may step the manager before the result is
+    read: what is read is then the other's.
     """
 
     __slots__ = ("_held", "_threads")
@@ -238,9 +232,7 @@ def worker_manager(name: str = "numbabuf") -> WorkerManager:
 
     Notes
     -----
-    Threads: a task that reads what its steps leave does both inside the ``with`` block. Outside of one, a task of
-    another thread may step the manager between the two, and the task would read the other's result: only in a worker
-    of one thread is ``worker_manager().replay(...)`` accepted.
+    Threads: what must be inside the ``with``, and why, `WorkerManager` says.
     """
     from distributed import get_worker
 

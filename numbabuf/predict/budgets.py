@@ -18,19 +18,9 @@ __all__ = ["Budgets", "Reserve"]
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits of prewarming.
+    """Limits of prewarming: the parameters of the same names of `PredictiveBufferManager`, None for no limit.
 
-    Attributes
-    ----------
-    max_size : int
-        The largest size, which always has a graph once it was captured.
-    max_graphs : int
-        Most graphs to have captured (one more while it takes another's place); also the length of the planned bucket
-        list.
-    prewarm_bytes : int, optional
-        Device bytes that prewarming may take in all, graphs and reserved buffers together. None: no limit of its own.
-    prewarm_seconds : float, optional
-        Seconds that one call may spend on captures; at least one capture is made. None: no limit.
+    `max_size` has a graph once that was captured.
     """
 
     max_size: int

@@ -48,15 +48,10 @@ class Prewarmer(Resource):
     model : DemandModel
         From now on this prewarmer's, until it is closed; one model serves one program.
     budgets : Budgets
-    cost : buckets.Cost, optional
-        What the planned list makes least: padded work by default.
-    specs : callable, optional
-        ``specs(num_tokens)`` names the buffers that a step of this size leases from the pool, as an iterable of
-        `BufferSpec`; they are reserved for the sizes that are forecast.
+    cost, specs, clock
+        As in `PredictiveBufferManager`.
     max_tokens : int, optional
         The largest step that the slots hold. Default: ``budgets.max_size``.
-    clock : callable returning float
-        Seconds, for the budgets and the account.
 
     Raises
     ------
@@ -154,21 +149,15 @@ class Prewarmer(Resource):
         self._learning.adopt(demand, self)
 
     def record_usage(self, num_tokens: int) -> None:
-        """Count a step of `num_tokens` that did not run through the program; its own steps are counted by themselves.
-
-        Raises
-        ------
-        TypeError, ValueError
-            It is not a whole number from 1 to `max_tokens`.
-        """
+        """See `PredictiveBufferManager.record_usage`; the most is `max_tokens`."""
         self._usage.note(whole_number("num_tokens", num_tokens, least=1, most=self.max_tokens))
 
     def predict_next_sizes(self, n: int = 3) -> list[int]:
-        """Return at most `n` sizes worth having ready for the next steps, the best first."""
+        """See `PredictiveBufferManager.predict_next_sizes`."""
         return self._learning.forecast(n, self.max_tokens)
 
     def plan_buckets(self, k: int) -> tuple[int, ...]:
-        """Return the `k` sizes that serve the demand so far at the least cost, `max_size` always the last."""
+        """See `PredictiveBufferManager.plan_buckets`."""
         with self._learning.learned() as demand:
             return tuple(buckets.plan(demand, k, max_size=self.budgets.max_size, cost=self._cost).tolist())
 
@@ -289,13 +278,7 @@ class Prewarmer(Resource):
     # ------------------------------------------------------------------------------------------------ background
 
     def start(self, interval_s: float = 1.0) -> None:
-        """Prewarm in a thread of its own, every `interval_s` seconds, until `stop` or `close`.
-
-        Raises
-        ------
-        ValueError
-            The interval is not a positive number of seconds.
-        """
+        """See `PredictiveBufferManager.start`; ClosedError where the program is closed."""
         if self.closed or self.program.closed:
             raise ClosedError("the program that would be prewarmed is closed: make a new one")
         self._background.start(interval_s)
