@@ -226,6 +226,11 @@ def first_place(original):
     return claim
 
 
+def unwaited(original):
+    """`read` of what is in the block."""
+    return lambda self, outputs, name: self.view(self.names(outputs.chosen)[name], outputs).copy()
+
+
 def without_fill(original):
     """`recorded` without the graph's first node."""
     return lambda stream, fill, captured, **options: original(stream, lambda stream: None, captured, **options)
@@ -311,7 +316,7 @@ MUTANTS = {
     "count not advanced": (run_ring, (), "_cuda.kernels:fill_slots", storing_nothing),
     "bucket one too small": (run_ring, (), "step.graphs:Graphs.covering", one_smaller),
     "late read not copied": (run_outputs, (), "step.returns:ReturnRing.own", nothing),
-    "read before it is sent": (run_outputs, STUB, "step.returns:ReturnRing.news", always(True)),
+    "read before it is sent": (run_outputs, STUB, "step.returns:ReturnRing.read", unwaited),
     "number of another step": (run_outputs, (), "step.arena:Arena.claim", another_number),
     "return block of another step": (run_outputs, (), "step.arena:Arena.claim", first_place),
     "way back not launched": (run_outputs, (), "step.arena:Arena.launch_send", nothing),

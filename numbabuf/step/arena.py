@@ -48,7 +48,7 @@ class Arena:
         Its slots are the first of the layout's; what they hold is copied.
     returns : int
         Blocks for what the outputs send back.
-    why_closed : callable returning str
+    life, why_closed
         As for `ReturnRing`.
 
     Attributes
@@ -80,6 +80,7 @@ class Arena:
         earlier: Arena | None = None,
         *,
         returns: int = 2,
+        life: Any = None,
         why_closed: Callable[[], str] = str,
     ) -> None:
         self.layout = layout
@@ -106,7 +107,7 @@ class Arena:
                 wanted = BufferSpec(layout.return_ring_bytes(returns), "uint8", Tier.PINNED)
                 sent = pool.allocate(wanted, stream=stream, movable=False)
                 undo.callback(sent.release)
-                self.returns = ReturnRing(sent, layout, returns, stream, why_closed)
+                self.returns = ReturnRing(sent, layout, returns, stream, life, why_closed)
             self._memory = self._device.array
             self._table_address = _cuda.address(self._memory)
             self._table = _cuda.device_view(self._memory, 0, (words,), np.dtype(np.int64))
@@ -303,17 +304,16 @@ class Arena:
 
     def send(self, target: CapturedStep, block: Block, live: tuple[int, ...], *, skip: bool = False) -> Outputs:
         """Queue the step that was written last into `block`, whose graph sends outputs; see `ReturnRing.claim`."""
+        # Hot path, guarded by benchmarks/outputs.py.
         outputs = self.claim(target.sends, block, live, skip=skip)
-        result = self.submit(target, live[0])
-        return self.own(outputs, result)
+        return self.own(outputs, self.submit(target, live[0]))
 
     def claim(self, chosen: int, block: Block, live: tuple[int, ...], *, skip: bool = False) -> StepOutputs:
         """Give the step in `block` its number and its place on the way back."""
         assert self.returns is not None
         outputs = self.returns.claim(chosen, live, skip=skip)
-        at = len(block.words) - self.layout.step_words
-        block.words[at + kernels.NUMBER] = outputs.number
-        block.words[at + kernels.PLACE] = outputs.place
+        words, axes = block.words, len(live)
+        words[-axes - 2], words[-axes - 1] = outputs.number, outputs.place  # NUMBER, PLACE
         return outputs
 
     def own(self, outputs: StepOutputs, result: Any) -> Outputs:

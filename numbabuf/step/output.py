@@ -41,11 +41,13 @@ class OutputSlot(Shown):
         Element type of what the host reads; converted on the device.
     max_live : int
         Most elements that one step can send.
+    limited, flat : bool
+        Whether that is less than what the output holds, and whether it has one dimension.
     """
 
     __slots__ = (
-        "_resolve", "axis", "axis_index", "conversion", "extra", "max_live", "name", "position", "result_dtype", "spec",
-        "width",
+        "_resolve", "axis", "axis_index", "conversion", "extra", "flat", "limited", "max_live", "name", "position",
+        "result_dtype", "spec", "width",
     )  # fmt: skip
 
     def __init__(
@@ -61,6 +63,7 @@ class OutputSlot(Shown):
         self.max_live = elements if max_live is None else operator.index(max_live)
         if not 1 <= self.max_live <= elements:
             raise ValueError(f"output {name!r}: max_live is {max_live}; the output holds 1 to {elements} elements")
+        self.limited, self.flat = self.max_live < elements, len(spec.shape) == 1
         if self.axis is not None and self.extra >= self.capacity:
             raise ValueError(
                 f"output {name!r}: axis {axis!r} adds {self.extra} rows to a size; the output holds {self.capacity}"
@@ -85,11 +88,6 @@ class OutputSlot(Shown):
         """Take a place among the outputs, follow an axis (-1: none), and learn what `array` does."""
         self.position, self.axis_index = position, axis_index
         self._resolve = weakref.WeakMethod(resolve)
-
-    @property
-    def limited(self) -> bool:
-        """Whether `max_live` is less than what the output holds."""
-        return self.max_live < self.capacity * self.width
 
     def rows(self, sizes: tuple[int, ...]) -> int:
         """Return the output's rows in a step of `sizes`, in the order of the axes."""

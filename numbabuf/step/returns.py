@@ -52,6 +52,8 @@ class ReturnRing:
         Number of blocks, >= 1.
     stream : _cuda.Stream
         Where the steps are queued.
+    life : _cuda.Lifetime
+        Of the context that the memory is in.
     why_closed : callable returning str
         Why nothing is read any more; empty while it is.
 
@@ -67,10 +69,9 @@ class ReturnRing:
     """
 
     def __init__(
-        self, entry: Any, layout: Layout, depth: int, stream: _cuda.Stream, why_closed: Callable[[], str]
+        self, entry: Any, layout: Layout, depth: int, stream: _cuda.Stream, life: Any, why_closed: Callable[[], str]
     ) -> None:
         memory = entry.array
-        self.depth = depth
         self.late_reads = 0
         self.guard = threading.RLock()
         self._freed = threading.Condition(self.guard)
@@ -78,11 +79,11 @@ class ReturnRing:
         self._retired = False
         self._layout = layout
         self._stream = stream
+        self._life = life
         self._why_closed = why_closed
         self._number = 0
         self._word = memoryview(memory[: kernels.WORD]).cast("q")
         self._word[0] = 0
-        self.address = _cuda.address(memory) + ALIGNMENT
         self._blocks = [
             [
                 _cuda.host_view(memory, offset + target, (slot.max_live,), slot.result_dtype)
@@ -92,12 +93,18 @@ class ReturnRing:
         ]
         self._owners: list[Callable[[], StepOutputs | None]] = [_nobody] * depth
         self._holders: list[list[int]] = [[] for _ in range(depth)]
+        self._limited = [slot for slot in layout.outputs if slot.limited]
         self._sets: dict[int, dict[str, OutputSlot]] = {}
 
     @property
     def returned_address(self) -> int:
         """Where the device publishes numbers."""
-        return self.address - ALIGNMENT
+        return int(_cuda.address(self._entry.array))
+
+    @property
+    def address(self) -> int:
+        """Where the blocks begin."""
+        return self.returned_address + ALIGNMENT
 
     # ---------------------------------------------------------------------------------------- a step, under the lock
 
@@ -122,12 +129,14 @@ class ReturnRing:
         ValueError
             The step would send more than a block has room for.
         """
-        for slot in self.names(chosen).values():
-            if slot.limited:
+        # Hot path, guarded by benchmarks/outputs.py.
+        for slot in self._limited:
+            if chosen >> slot.position & 1:
                 slot.check_live(live)
-        number, last = self._number + 1, self._number + (self.depth if skip else 1)
+        depth = len(self._blocks)
+        number, last = self._number + 1, self._number + (depth if skip else 1)
         while True:
-            place = number % self.depth
+            place = number % depth
             owner = self._owners[place]()
             if owner is not None and not self._holders[place]:
                 # The device is about to write over what its reader has not read:
@@ -148,7 +157,7 @@ class ReturnRing:
             if number == last:
                 raise BusyError(
                     "the return block that this step needs is held: leave `with outputs.hold()` first, or make the "
-                    f"manager with more than returns={self.depth}"
+                    f"manager with more than returns={len(self._blocks)}"
                 )
             number += 1
 
@@ -160,7 +169,7 @@ class ReturnRing:
         """Wait until no other thread holds the block of the next step; with no lock held."""
         with self.guard:
             while not self._why_closed():
-                holders = self._holders[(self._number + 1) % self.depth]
+                holders = self._holders[(self._number + 1) % len(self._blocks)]
                 if not holders or get_ident() in holders:
                     return
                 self._freed.wait(0.1)  # not for ever: who holds it may be ended without a word
@@ -176,6 +185,22 @@ class ReturnRing:
             raise ClosedError("the manager gave its memory back, and this step was never done")
         return outputs.kept is not None or self._word[0] >= outputs.number
 
+    def read(self, outputs: StepOutputs, name: str) -> np.ndarray:
+        """Return a copy of an output of a step, once it is there."""
+        # Hot path, guarded by benchmarks/outputs.py.
+        slot = (self._sets.get(outputs.chosen) or self.names(outputs.chosen)).get(name)
+        if slot is None:
+            raise KeyError(f"{name!r} was not sent by this step; it sent {', '.join(outputs)}")
+        while True:
+            with self.guard:
+                if self._retired or self._life.ended or outputs.kept is not None:
+                    if self.news(outputs):
+                        return outputs.kept[name].copy()  # type: ignore[index]
+                elif self._word[0] >= outputs.number:
+                    outputs.read = True
+                    return self.view(slot, outputs).copy()
+            self.wait(outputs.number, None)
+
     def names(self, chosen: int) -> dict[str, OutputSlot]:
         """Return the outputs of a step that sent `chosen`, by name."""
         slots = self._sets.get(chosen)
@@ -188,7 +213,7 @@ class ReturnRing:
         """Return the live rows of an output in the block of a step; `guard` is held."""
         rows = slot.rows(outputs.live)
         part = self._blocks[outputs.place][slot.position][: rows * slot.width]
-        return part.reshape(slot.shape(rows))
+        return part if slot.flat else part.reshape(slot.shape(rows))
 
     def wait(self, number: int, timeout: float | None) -> None:
         """Wait until the step `number` is sent, by reading pinned memory; after a while the driver is asked, too."""
@@ -230,7 +255,7 @@ class ReturnRing:
                 raise StaleBufferError(
                     "the block of this step was given to another, and its values were copied: read outputs[name], or "
                     "hold the block before as many steps as it has blocks are queued behind this one "
-                    f"(returns={self.depth})"
+                    f"(returns={len(self._blocks)})"
                 )
             self._holders[outputs.place].append(get_ident())
             outputs.read = True
@@ -250,14 +275,21 @@ class ReturnRing:
     # ------------------------------------------------------------------------------------------------------- the end
 
     def retire(self) -> None:
-        """Copy out what is not read, and give the memory back once no block is held; all steps are done."""
+        """Copy out what is not read, and give the memory back once no block is held; all steps are done.
+
+        Where the context is gone no word is read: it went with it.
+        """
         with self.guard:
             for place, owner in enumerate(self._owners):
                 outputs = owner()
-                if outputs is not None and self._word[0] >= outputs.number:
+                if outputs is not None and not self._life.ended and self._word[0] >= outputs.number:
                     outputs.keep(self._live_rows(place, outputs))
                 self._retired = True
             self._give_back()
+
+    def abandon(self) -> None:
+        """In a forked child: read nothing any more, and leave the memory to the parent."""
+        self.guard, self._retired = threading.RLock(), True  # another thread may have held the guard
 
     def _give_back(self) -> None:
         if self._retired and self._entry.state is not BufferState.FREE and not any(self._holders):
@@ -375,16 +407,7 @@ class StepOutputs(Outputs):
         self.kept = {name: array.copy() for name, array in values.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        returns = self._returns
-        slots = returns.names(self.chosen)
-        if name not in slots:
-            raise KeyError(f"{name!r} was not sent by this step; it sent {', '.join(slots)}")
-        while True:
-            with returns.guard:
-                if returns.news(self):
-                    self.read = True
-                    return (returns.view(slots[name], self) if self.kept is None else self.kept[name]).copy()
-            returns.wait(self.number, None)
+        return self._returns.read(self, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._returns.names(self.chosen))

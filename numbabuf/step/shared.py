@@ -221,7 +221,14 @@ class Shared:
                 _building.of.append(self)
                 depth, returns = self.depths
                 arena = Arena(
-                    self.pool, layout, depth, self.stream, kept, returns=returns, why_closed=_why_closed(self)
+                    self.pool,
+                    layout,
+                    depth,
+                    self.stream,
+                    kept,
+                    returns=returns,
+                    life=self.life,
+                    why_closed=_why_closed(self),
                 )
             finally:
                 if self in _building.of:
@@ -361,7 +368,9 @@ class Shared:
         turns = Turns()  # another thread may have held the lock
         self.lock, self.inside = turns.lock, turns.mine
         self.capturing, self._allocating = CaptureRight(), Right("another thread gives the slots memory")
-        self.closed, self.arena = _CLOSED, None
+        self.closed, arena, self.arena = _CLOSED, self.arena, None
+        if arena is not None and arena.returns is not None:
+            arena.returns.abandon()
 
     def __repr__(self) -> str:
         return f"the manager of {len(self.slots.by_name)} slots"

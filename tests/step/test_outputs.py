@@ -1,6 +1,9 @@
 """Outputs: what each step sends back, read as users read it: at once, late, from other threads, held, awaited."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 
 import kit
@@ -406,6 +409,62 @@ def test_a_bad_step_takes_no_block(manager):
             with pytest.raises((TypeError, ValueError)):
                 manager.replay(inputs, n)
     assert manager.stats().late_reads == 0 and is_right(first, np.array([5]))
+
+
+PROGRAM = """
+import os
+import numpy as np
+from numba import cuda
+from numbabuf import BufferSpec, ClosedError, InputBufferManager
+m = InputBufferManager(max_batch_size=1, max_seq_len=8, buckets=[8], returns=2)
+m.register_output("y", BufferSpec(8, "int64"))
+m.capture_buckets(lambda step: step["y"].shape)
+earlier, late, last = [m.replay({}, 3) for _ in range(3)]  # the first was copied out
+m.synchronize()
+def refused(what):
+    for outputs in (earlier, late, last):
+        for read in (outputs.done, outputs.wait, lambda: outputs["y"], lambda: outputs.hold().__enter__()):
+            try:
+                read()
+            except ClosedError as error:
+                assert what in str(error), error
+            else:
+                raise AssertionError("not refused")
+"""
+
+
+def in_a_process(program):
+    done = subprocess.run([sys.executable, "-c", PROGRAM + program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "right\n", done.stdout + done.stderr
+
+
+@pytest.mark.real
+def test_memory_that_went_with_its_context_is_not_read():
+    in_a_process("""
+try:
+    cuda.close()
+except Exception:  # Numba's own frees come behind the end of the context
+    pass
+refused("context")
+m.close()
+refused("context")
+print("right")
+""")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
+def test_a_forked_child_reads_nothing():
+    in_a_process("""
+child = os.fork()
+if child == 0:
+    refused("the manager is closed")
+    os._exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+assert all(outputs["y"].shape == (3,) for outputs in (earlier, late, last))
+m.close()
+refused("the manager is closed")
+print("right")
+""")
 
 
 # ------------------------------------------------------------------------------------------------------- registering
