@@ -27,6 +27,9 @@ def fill_slot(before, data, padded, pad):
         Rows of the slot that are valid after the fill.
     pad : scalar, "repeat_last" or "keep"
     """
+    if before.ndim == 0:
+        data = None if data is None else np.reshape(data, 1)
+        return fill_slot(before.reshape(1), data, padded, pad).reshape(())
     after = before.copy()
     live = np.zeros((0, *before.shape[1:]), before.dtype) if data is None else convert(data, before.dtype)
     region = tuple(slice(0, n) for n in live.shape)
@@ -81,6 +84,7 @@ class Slots:
     def __init__(self, manager):
         self.slots = {slot.name: slot for slot in manager.slots if slot.static}
         self.contents = {name: np.zeros(slot.spec.shape, slot.spec.dtype) for name, slot in self.slots.items()}
+        self.written = set()
 
     def rows(self, name, sizes):
         """Rows of a slot in a step of `sizes` (axis -> size)."""
@@ -91,7 +95,13 @@ class Slots:
         """One step: every slot is filled with its input, or with none, and padded to `bucket` (axis -> size)."""
         padded = {name: self.rows(name, bucket) for name in self.slots}
         pads = {name: slot.pad for name, slot in self.slots.items()}
-        self.contents = fill_slots(self.contents, inputs, padded, pads)
+        kept = {
+            name: self.contents[name]
+            for name, slot in self.slots.items()
+            if slot.keeps and name in self.written and inputs.get(name) is None
+        }
+        self.contents = {**fill_slots(self.contents, inputs, padded, pads), **kept}
+        self.written.update(name for name, data in inputs.items() if data is not None)
 
     def assert_same(self, found):
         """Compare with the contents of the manager's slots, by name."""

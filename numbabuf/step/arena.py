@@ -22,6 +22,7 @@ from ..errors import BusyError
 from ..pool.pool import BufferPool
 from ..pool.spec import BufferSpec, BufferState, Tier
 from .graph import CapturedStep, Step, recorded
+from .kept import Kept
 from .layout import Layout
 from .returns import Outputs, ReturnRing, StepOutputs
 from .ring import Block, StagingRing
@@ -60,10 +61,10 @@ class Arena:
         Each slot, and each output, as a whole.
     live : dict of str to device array
         The live size of each axis in the step that runs, of shape (1,), int64.
+    kept : Kept or None
+        The slots that a step may leave out without a change.
     one_axis : bool
         Whether a step has no size but its tokens.
-    ring_bytes : int
-        What was allocated, pinned; device memory is the layout's `arena_bytes`.
 
     Raises
     ------
@@ -87,10 +88,10 @@ class Arena:
         self.one_axis = len(layout.axes) == 1
         self._slots = slots = layout.slots
         self._groups = _groups(slots)
+        self.kept: Kept | None = Kept.of(slots, None if earlier is None else earlier.kept)
         self._stream = stream
         self._core = stream.core
         words = layout.table_words
-        self.ring_bytes = layout.ring_bytes(depth)
         with contextlib.ExitStack() as undo:
             # With the stream, in both: the pool must order what runs here behind whatever an earlier lease of the
             # memory has queued, and a later lease behind the steps of an owner that was dropped without `release`.
@@ -99,7 +100,7 @@ class Arena:
             )
             undo.callback(self._device.release)
             self._pinned = pool.allocate(
-                BufferSpec(self.ring_bytes, "uint8", Tier.PINNED), stream=stream, movable=False
+                BufferSpec(layout.ring_bytes(depth), "uint8", Tier.PINNED), stream=stream, movable=False
             )
             undo.callback(self._pinned.release)
             self.returns: ReturnRing | None = None
@@ -146,6 +147,11 @@ class Arena:
             }
 
         return views(layout.slots, layout.targets, rows), views(layout.outputs, layout.output_targets, sent)
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the staging ring has of pinned memory; device memory is the layout's `arena_bytes`."""
+        return self.layout.ring_bytes(self.ring.depth)
 
     # ----------------------------------------------------------------------------------------------- what runs over it
 
@@ -198,12 +204,12 @@ class Arena:
         """
         # Hot path, guarded by benchmarks/step.py. Slots of one length share its shape and slice.
         words, staged = block.words, block.staged
-        same = block.padded is padded
-        block.padded = None
+        before, block.padded = block.padded, None
         found = len(self._slots)
         if type(inputs) is not dict and not isinstance(inputs, Mapping):
             raise _no_mapping(inputs)  # a queue has a `get` too
-        get = inputs.get
+        get, kept = inputs.get, self.kept
+        same = before is padded and (kept is None or kept.described(words, get))
         for axis, extra, room, slots in self._groups:
             rows = live[axis] + extra if axis >= 0 else extra
             shape = (rows,) if rows <= room else None
@@ -227,6 +233,8 @@ class Arena:
         words[-1] = live[0]
         if not self.one_axis:
             self._write_sizes(words, live)
+        if kept is not None:
+            kept.take(words, get, padded)
         block.padded = padded
         return found
 
@@ -263,6 +271,18 @@ class Arena:
             rows = slot.rows(live) if slot.name in written else 0
             slot.describe(block.words, rows, slot.width, padded[slot.position])
         self._write_sizes(block.words, live)
+        if self.kept is not None:
+            self.kept.take(block.words, written.get, padded)
+
+    def write_rehearsal(self, padded: tuple[int, ...]) -> None:
+        """Write a step of padding alone into the next block; what slots keep stays."""
+        block = self.ring.acquire()
+        block.padded = None
+        for slot in self._slots:
+            slot.describe(block.words, 0, slot.width, padded[slot.position])
+        self._write_sizes(block.words, self.layout.nothing)
+        if self.kept is not None:
+            self.kept.rehearse(block.words)
 
     def write_one(self, slot: InputSlot, data: Any, rows: int, padded: int) -> None:
         """Write the values of one slot into the next block; the others have nothing, and no padding either."""
@@ -273,7 +293,9 @@ class Arena:
         slot.write(block.words, block.staged[slot.position], data, rows, padded)
         for other in self._slots:
             if other is not slot:
-                other.describe(block.words, 0, other.width, 0)
+                other.skip(block.words)
+        if self.kept is not None:
+            self.kept.take_one(slot, padded)
 
     def submit(self, target: CapturedStep, tokens: int) -> Any:
         """Queue the step that was written last, its only driver call; returns the result of its function.
@@ -297,6 +319,8 @@ class Arena:
                 self.resync()
                 raise
             self._launch_anew(target)
+        if self.kept is not None:
+            self.kept.commit()
         target.steps += 1
         target.live += tokens
         target.last_used = ring.past + ring.step
@@ -360,6 +384,8 @@ class Arena:
         try:
             self.launch_fill(self._stream, rows)
             self.ring.advance()
+            if self.kept is not None:
+                self.kept.commit()
         except BaseException:
             self.resync()
             raise

@@ -70,7 +70,7 @@ class Lease:
     def __getitem__(self, name: str) -> np.ndarray:
         """The array to write slot `name` into: its staged element type, shape (live rows, ...), contents undefined.
 
-        A slot that is never asked for is all padding. Slices of the array must not outlive the lease.
+        A slot that is never asked for is left out. Slices of the array must not outlive the lease.
         """
         self._check_open()
         array = self._arrays.get(name)

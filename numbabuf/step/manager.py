@@ -153,6 +153,7 @@ class InputBufferManager(Resource):
         source_dtype: Any = None,
         axis: str | None = "tokens",
         max_live: int | None = None,
+        missing: str | None = None,
     ) -> InputSlot:
         """Add a named input.
 
@@ -176,6 +177,9 @@ class InputBufferManager(Resource):
             "seqs+1". None: always staged whole.
         max_live : int, optional
             Most elements one step stages; the staging ring keeps room for no more. Default: all.
+        missing : {"pad", "keep"}, optional
+            What a step does with the slot that leaves it out: pad it, or keep its last write (refused where the step
+            needs more rows than that was padded to). Default: "keep" where `axis` is None, else "pad".
 
         Raises
         ------
@@ -190,7 +194,7 @@ class InputBufferManager(Resource):
             slots = shared.slots
             slot = InputSlot(
                 name, spec, static=is_static, pad=pad, index=index, source_dtype=source_dtype, axis=axis,
-                max_live=max_live, range_check=self._range_check,
+                max_live=max_live, range_check=self._range_check, missing=missing,
             )  # fmt: skip
             slots.check(slot)
             if slot.static:
@@ -273,8 +277,7 @@ class InputBufferManager(Resource):
     def observer(self) -> Callable[[int, Program], Any] | None:
         """Called as ``observer(num_tokens, program)`` after each step is queued; the seam for demand models.
 
-        What it raises is logged, as the step runs all the same. Fills count as steps of the first program, "main".
-        Setting it sets it for every program.
+        What it raises is logged, as the step runs all the same. Fills count for the first program; set for all of them.
         """
         return self._first.observer
 
@@ -292,11 +295,9 @@ class InputBufferManager(Resource):
         inputs : mapping of str to array
             Host arrays by slot name; each has as many rows as the size that its slot follows. Lists will do, and a
             number for a slot of one element, where the values fit: floats are rounded, nothing else is changed. A slot
-            that is left out, or None, is all padding. Names that are no slot, or not static, pass through.
-        num_tokens : int
-            Live tokens, >= 0.
-        **sizes : int
-            The step's other sizes, one for each further axis.
+            that is left out, or None, is all padding or kept (see `register_slot`). Other names pass through.
+        num_tokens, **sizes : int
+            Live tokens, >= 0, and the step's other sizes, one for each further axis.
 
         Returns
         -------
@@ -396,7 +397,7 @@ class InputBufferManager(Resource):
             ``on_progress(done, total, size, free_bytes)`` is called after each of the two calls per size;
             `progress.Bar` is one that shows a bar. What it raises ends the capture as what `fn` raises does.
         warm_up : {None, "run"}
-            "run": the first call for each size runs, over slots that are all padding, in place of the dropped capture.
+            "run": the first call for each size runs, over padded or kept slots, in place of the dropped capture.
             For functions that need a run before they can be captured; it changes what the function writes.
 
         Returns

@@ -417,14 +417,14 @@ class Program(Resource):
         """Call `fn` once for a bucket before its capture, so that the capture has nothing to compile or load.
 
         What it queues is recorded in a capture that is dropped, so that no data changes; with `run`, it runs, over
-        slots that are all padding.
+        slots of padding, or what they keep.
         """
         if not run:
             with self._shared.recording(arena, sizes, dry=True) as rehearsal:
                 fn(rehearsal.step)
             return
         target = self._shared.plain(arena, sizes)
-        arena.write(arena.ring.acquire(), {}, arena.layout.nothing, target.padded)
+        arena.write_rehearsal(target.padded)
         arena.submit(target, 0)
         fn(target.step)
 

@@ -49,11 +49,13 @@ class InputSlot(Shown):
         Element type of what is staged; converted to the slot's on the device.
     max_live : int
         Most elements that one step can stage.
+    keeps : bool
+        Whether a step that leaves the slot out keeps what was written last.
     """
 
     __slots__ = (
-        "_bound", "axis", "axis_index", "checked", "columns_word", "conversion", "extra", "flat", "max_live", "name",
-        "position", "source_dtype", "spec", "static", "width",
+        "_bound", "axis", "axis_index", "checked", "columns_word", "conversion", "extra", "flat", "keeps", "max_live",
+        "name", "position", "source_dtype", "spec", "static", "width",
     )  # fmt: skip
 
     def __init__(
@@ -68,10 +70,14 @@ class InputSlot(Shown):
         axis: str | None,
         max_live: int | None,
         range_check: bool,
+        missing: str | None = None,
     ) -> None:
         check_spec(name, spec, axis)
         self.name, self.spec, self.static = name, spec, bool(static)
         self.axis, self.extra = parse_axis(name, axis)
+        if missing not in (None, "pad", "keep"):
+            raise ValueError(f"slot {name!r}: missing {missing!r}; use 'pad' or 'keep', or None for the default")
+        self.keeps = axis is None if missing is None else missing == "keep"
         self.width = int(np.prod(spec.shape[1:], dtype=np.int64))
         self.source_dtype = spec.dtype if source_dtype is None else resolve_dtype(source_dtype)
         self.conversion = Conversion.of(name, self.source_dtype, spec.dtype, self.width, pad, bool(index))
@@ -111,6 +117,8 @@ class InputSlot(Shown):
 
     def set_data(self, data: Any) -> None:
         """Stage `data` into this slot alone, padded to its own bucket; the other slots keep what they hold.
+
+        A slot that keeps holds it until it is written again, any other until the next step.
 
         Parameters
         ----------
@@ -291,6 +299,12 @@ class InputSlot(Shown):
             words[at + kernels.COLUMNS] = columns
             words[at + kernels.PADDED_ROWS] = padded
             words[at + kernels.PADDED_COLUMNS] = width
+
+    def skip(self, words: memoryview) -> None:
+        """Write into a block's words: nothing to write and nothing to pad."""
+        at = self.columns_word - kernels.COLUMNS
+        for word in range(at, at + kernels.LIVE):
+            words[word] = 0
 
     def __repr__(self) -> str:
         extra = f"+{self.extra}" if self.extra else ""

@@ -23,10 +23,12 @@ KINDS = {  # name: spec, options, element type of the inputs
     "kept": ((16, "int16"), {"pad": "keep"}, np.int16),
     "starts": ((5, "int32"), {"axis": "seqs+1", "pad": "repeat_last"}, np.int32),
     "table": (((4, 3), "int32"), {"axis": "seqs", "pad": "repeat_last"}, np.int32),
+    "number": (((), "float32"), {"axis": None}, np.float32),
+    "whole": (((2, 2), "int64"), {"axis": None, "source_dtype": "int32", "missing": "keep"}, np.int32),
     "late": ((16, "uint8"), {"pad": 9}, np.uint8),
     "later": (((4, 2, 2), "float32"), {"axis": "seqs", "source_dtype": "float64"}, np.float64),
 }
-FIRST = ("ids", "short", "half", "kept", "starts", "table")
+FIRST = ("ids", "short", "half", "kept", "starts", "table", "number", "whole")
 
 
 FUNCTIONS = [lambda step: tuple(step.bucket.values()), lambda step: (*step.bucket.values(),)]
@@ -62,7 +64,7 @@ class Machine(RuleBasedStateMachine):
             if random.random() < 0.2:
                 continue
             rows = self.twin.rows(name, {"tokens": tokens, "seqs": seqs})
-            shape = (rows, *slot.spec.shape[1:])
+            shape = slot.shape(rows)
             if name == "table":
                 shape = (rows, int(random.integers(0, 4)))
             found[name] = random.integers(0, 100, shape).astype(KINDS[name][2])
@@ -160,6 +162,7 @@ class Machine(RuleBasedStateMachine):
         self.register(name)
         grown = twins.Slots(self.manager)
         grown.contents.update(self.twin.contents)
+        grown.written = self.twin.written
         self.twin, self.addresses = grown, None
 
     @rule()
