@@ -98,12 +98,12 @@ class Stream(Protocol):
 
     Attributes
     ----------
-    numba
-        The Numba stream; what kernels are launched on (``kernel[grid, block, stream.numba]``).
     core
         What graphs are launched on: a cuda.core stream.
     handle : int
         The driver's handle; 0 for the legacy default stream however it was named.
+    owner
+        What keeps the driver's stream alive: the user's own object, where there is one.
     raw
         The handle as the driver's calls take it fastest.
     thread
@@ -111,11 +111,15 @@ class Stream(Protocol):
         another stream in every thread.
     """
 
-    numba: Any
     core: Any
     handle: int
+    owner: object | None
     raw: Any
     thread: object | None
+
+    @property
+    def numba(self) -> Any:
+        """The Numba stream; what kernels are launched on (``kernel[grid, block, stream.numba]``)."""
 
     @property
     def device(self) -> int:

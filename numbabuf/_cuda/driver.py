@@ -325,18 +325,25 @@ def _error(name: str, code: Any) -> Exception:
 class Stream:
     """See `backend.Stream`."""
 
-    __slots__ = ("__weakref__", "core", "handle", "numba", "raw", "thread")
+    __slots__ = ("__weakref__", "_numba", "core", "handle", "owner", "raw", "thread")
 
     def __init__(self, core: Any, thread: object | None = None) -> None:
-        self.core = core
+        self.core = self.owner = core
         self.handle = int(core.handle)
         self.raw = bindings.CUstream(self.handle)
         self.thread = thread
-        self.numba = cuda.external_stream(self.handle)
-        self.numba.owner = core  # the Numba stream keeps the driver's stream alive
+        self._numba: Any = None
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
+
+    @property
+    def numba(self) -> Any:
+        if self._numba is None:  # made when it is first asked for: a lease never does, and it costs 5 us
+            made = cuda.external_stream(self.handle)
+            made.owner = self.owner  # the Numba stream keeps the driver's stream alive
+            self._numba = made
+        return self._numba
 
     @property
     def device(self) -> int:
@@ -417,7 +424,7 @@ def wrap_stream(stream: StreamLike) -> Stream:
         return _own_default()
     wrapped = Stream(stream if isinstance(stream, CoreStream) else CoreStream.from_handle(handle))
     if not isinstance(stream, (int, CoreStream)):
-        wrapped.numba.owner = stream
+        wrapped.owner = stream
     return wrapped
 
 

@@ -175,7 +175,7 @@ def is_context_error(error: BaseException) -> bool:
 class Stream:
     """See `backend.Stream`; here all work on it is done at once."""
 
-    __slots__ = ("__weakref__", "closed", "core", "handle", "numba", "thread")
+    __slots__ = ("__weakref__", "closed", "core", "handle", "numba", "owner", "thread")
 
     elsewhere = False
     device = 0
@@ -186,6 +186,7 @@ class Stream:
         self.core = self
         self.handle = id(numba)
         self.closed = False
+        self.owner: object | None = None
         self.thread: object | None = None
 
     def synchronize(self) -> None:
@@ -218,7 +219,7 @@ def wrap_stream(stream: StreamLike) -> Stream:
         )
     if isinstance(stream, NumbaStream) or hasattr(stream, "__cuda_stream__") or stream == 0:
         wrapped = new_stream()
-        wrapped.numba.owner = stream  # one user stream, wrapped twice, is still told to be one: same handle and owner
+        wrapped.owner = stream  # one user stream, wrapped twice, is still told to be one: same handle and owner
         wrapped.handle = 0 if stream == 0 else id(stream)
         return wrapped
     raise TypeError(f"{stream!r} is no stream: give a Numba or cuda.core stream, or an object with __cuda_stream__")

@@ -31,7 +31,6 @@ class RecordingStream(NumbaStream):  # type: ignore[misc, valid-type]
     """What kernels are launched on; knows the capture it is part of."""
 
     capture: Recorder | None = None
-    owner: object = None
 
     def __bool__(self) -> bool:
         return True

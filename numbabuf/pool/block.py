@@ -219,8 +219,7 @@ def same_stream(one: Any, other: Any) -> bool:
         return one.thread is other.thread
     if one.handle == 0 or one.core is other.core:
         return True
-    owner = getattr(one.numba, "owner", None)
-    return owner is not None and owner is getattr(other.numba, "owner", None)
+    return one.owner is not None and one.owner is other.owner
 
 
 def refuse_foreign(stream: _cuda.Stream, device: int) -> None:

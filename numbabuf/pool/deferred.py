@@ -26,6 +26,8 @@ def bound(block: Block, *, asked: bool = False) -> bool:
     if asked and block.captured is None and not _cuda.captures:
         return False
     users = block.users if block.captured is None else (*block.users, block.captured)
+    if not users:
+        return False
     return any(_cuda.is_capturing(stream) for stream in users)
 
 

@@ -19,6 +19,7 @@ from .spec import BufferSpec, Tier, line_key
 __all__ = ["FreeList", "FreeLists"]
 
 Line = deque[Handle]
+_TIERS = len(Tier)  # which an enumeration counts in Python, each time
 
 
 class FreeList:
@@ -108,13 +109,13 @@ class FreeLists:
 
     def _within(self, spec: BufferSpec, bound: int) -> Iterator[int]:
         """Yield the keys of the capacities that hold `spec`, below `bound` times its own, smallest first."""
-        keys, beyond = self._keys, bound * (spec.line // len(Tier)) * len(Tier)
+        keys, beyond = self._keys, bound * (spec.line // _TIERS) * _TIERS
         lowest = line_key(spec.tier, max(1, spec.size_bytes))
         for at in range(bisect_left(keys, lowest), len(keys)):
             key = keys[at]
             if key >= beyond:
                 return
-            if (key - lowest) % len(Tier) == 0:  # of the same tier
+            if (key - lowest) % _TIERS == 0:  # of the same tier
                 yield key
 
     def pop_larger(self, spec: BufferSpec) -> Handle | None:
@@ -221,7 +222,7 @@ class FreeLists:
         """
         kinds = {line_key(tier, 0) for tier in tiers}
         for key in reversed(self._keys):
-            for line in self.by_key[key].lines() if key % len(Tier) in kinds else ():
+            for line in self.by_key[key].lines() if key % _TIERS in kinds else ():
                 while line:
                     try:
                         handle = line.popleft()

@@ -77,7 +77,9 @@ class Turns:
 
     def there(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager inside which the device of the memory is current: where the pool acts by itself."""
-        return _NOTHING if self.device is None else _cuda.on_device(self.device)
+        if self.device is None or self.device == _cuda.current_device():
+            return _NOTHING
+        return _cuda.on_device(self.device)
 
     def held(self) -> contextlib.AbstractContextManager[Any]:
         """Return a context manager inside which the lock is held, and the device of the memory is current."""

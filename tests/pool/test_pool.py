@@ -298,7 +298,7 @@ class Stream:
     def __init__(self, handle=None):
         self.handle = self.raw = next(self.handles) if handle is None else handle
         self.core = self
-        self.numba = self
+        self.numba, self.owner = self, None
         self.destroyed = self.closed = self.elsewhere = False
         self.thread = None
         self.waits_for = []
