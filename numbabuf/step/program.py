@@ -10,6 +10,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,7 @@ class Program(Resource):
         self._fill = fill
         self._buckets = bucket_lists(buckets, max_tokens)
         self._closed = False
+        self._capture_s = 0.0
         shared.tables.append(self.graphs)
 
     # ---------------------------------------------------------------------------------------------------- the steps
@@ -332,7 +334,7 @@ class Program(Resource):
         shared.prepare("capture_buckets")
         with shared.capturing.held(), shared.working("capture_buckets") as arena:
             self._check_open()
-            layout = self.layout
+            layout, began = self.layout, time.perf_counter()
             shared.begin_step(arena, 0, dict.fromkeys(layout.axes[1:], 0))
             asked = sorted(layout.wanted(sizes), reverse=True)
             captured: list[CapturedStep] = []
@@ -356,6 +358,9 @@ class Program(Resource):
             else:
                 self.graphs.exchange(list(self.graphs), captured)
                 self.function = fn
+            seconds, nbytes = time.perf_counter() - began, sum(graph.nbytes for graph in captured)
+            self._capture_s += seconds
+            _log.info("%r: %d sizes captured in %.2f s, %d bytes of graphs", self, len(captured), seconds, nbytes)
             return tuple(layout.named(size) for size in reversed(asked))
 
     def capture(self, size: int | Mapping[str, int], *, wait: bool = True) -> CapturedSize:
@@ -388,6 +393,7 @@ class Program(Resource):
         shared = self._shared
         shared.prepare("capture")
         with shared.capturing.held(wait=wait):
+            began = time.perf_counter()
             with shared.working("capture") as arena:
                 fn = self._function()
                 sizes = self.layout.full(size)
@@ -397,6 +403,7 @@ class Program(Resource):
             with shared.alone("capture"):
                 self._check_open()
                 self.graphs.add([graph])
+                self._capture_s += time.perf_counter() - began
                 return _size(graph)
 
     @contextlib.contextmanager
@@ -506,6 +513,7 @@ class Program(Resource):
                 overflows=self.overflow.count,
                 graphs=len(self.graphs),
                 graph_bytes=sum(graph.nbytes for graph in self.graphs),
+                capture_s=self._capture_s,
             )
 
     def check(self) -> None:

@@ -18,6 +18,8 @@ class ProgramStats(Shown):
     ----------
     graph_bytes : int
         Device bytes that the driver took for the live graphs, as far as it tells them.
+    capture_s : float
+        Seconds that captures by size took, rehearsals included.
     """
 
     steps: int
@@ -28,6 +30,7 @@ class ProgramStats(Shown):
     overflows: int
     graphs: int
     graph_bytes: int
+    capture_s: float = 0.0
 
     @property
     def padding(self) -> float:

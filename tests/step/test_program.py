@@ -343,3 +343,16 @@ def test_a_capture_that_its_thread_leaves_open_is_given_up_elsewhere(manager):
     kit.collect()
     manager.capture_buckets(lambda step: "new", [8, 16])
     assert manager.replay({}, 9) == "new"
+
+
+def test_a_capture_tells_what_it_cost(manager, totals, caplog):
+    program = manager.program(adder(totals[0]), name="told")
+    assert program.stats().capture_s == 0
+    with caplog.at_level("INFO", logger="numbabuf"):
+        program.capture_buckets([8, 16])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert line.startswith("Program('told', 2 graphs): 2 sizes captured in ")
+    first = program.stats().capture_s
+    assert first > 0
+    program.capture(32)
+    assert program.stats().capture_s > first
