@@ -219,7 +219,10 @@ class Arena:
                 position = slot.position
                 if data is None:
                     found -= 1
-                    slot.describe(words, 0, slot.width, padded[position])
+                    if same and kept is None and slot.flat:
+                        words[slot.columns_word] = 0  # as below
+                    else:
+                        slot.describe(words, 0, slot.width, padded[position])
                 elif type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
                     if slot.checked:
                         slot.check_range(data)
@@ -231,12 +234,16 @@ class Arena:
                 else:
                     slot.write(words, staged[position], data, rows, padded[position])
         words[-1] = live[0]
-        if not self.one_axis:
-            self._write_sizes(words, live)
-        if kept is not None:
-            kept.take(words, get, padded)
+        if kept is not None or not self.one_axis:
+            self._write_rest(words, get, live, padded)
         block.padded = padded
         return found
+
+    def _write_rest(self, words: Any, get: Any, live: tuple[int, ...], padded: tuple[int, ...]) -> None:
+        """Write what few steps have into a block's words: further sizes, and slots that keep what they hold."""
+        self._write_sizes(words, live)
+        if self.kept is not None:
+            self.kept.take(words, get, padded)
 
     @staticmethod
     def _write_sizes(words: Any, live: tuple[int, ...]) -> None:

@@ -111,6 +111,20 @@ def test_a_view_is_the_slot_padded_to_the_bucket(manager):
     assert _cuda.address(views["input_ids"]) == _cuda.address(manager.get_slot("input_ids").array)
 
 
+@pytest.mark.parametrize("ring", [1, 2])
+def test_an_input_that_is_left_out_leaves_nothing_of_the_step_before_in_its_block(ring):
+    """The words of a block are written anew only where they differ from those of its last step."""
+    with InputBufferManager(max_batch_size=1, max_seq_len=4, buckets=[4], default_slots=False, ring=ring) as m:
+        for name in ("x", "y"):
+            m.register_slot(name, BufferSpec(4, "int64"), pad=-1)
+        m.capture_buckets(lambda step: step["x"])
+        for _ in range(ring):
+            m.replay({"x": [1, 2, 3], "y": [4, 5, 6]}, 3)
+        for given, held in (({"y": [7, 8]}, [-1] * 4), ({"x": [9]}, [9, -1, -1, -1])) * 2:
+            result = m.replay(given, len(next(iter(given.values()))))
+            assert kit.to_host(result, m.stream).tolist() == held
+
+
 def test_what_is_no_slot_passes_through(manager):
     manager.register_slot("mode", BufferSpec(1), is_static=False)
     marker = object()
