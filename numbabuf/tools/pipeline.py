@@ -55,18 +55,16 @@ def _pool(hidden: np.ndarray, token_index: np.ndarray, starts: np.ndarray, poole
 
 
 @cuda.jit
-def _score(pooled: np.ndarray, starts: np.ndarray, weights: np.ndarray, row: np.ndarray, scores: np.ndarray) -> None:
-    """scores[row, s] = weighted sum of pooled[s] over the tokens of s; 0 for each s beyond the step."""
-    for s in range(cuda.grid(1), scores.shape[1], cuda.gridsize(1)):
+def _score(pooled: np.ndarray, starts: np.ndarray, weights: np.ndarray, scores: np.ndarray) -> None:
+    """scores[s] = weighted sum of pooled[s] over the tokens of s; 0 where it has none."""
+    for s in range(cuda.grid(1), scores.size, cuda.gridsize(1)):
         value = 0.0
-        tokens = 0
-        if s < starts.size - 1:
-            tokens = starts[s + 1] - starts[s]
+        tokens = starts[s + 1] - starts[s]
         if tokens > 0:
             for d in range(weights.size):
                 value += pooled[s, d] * weights[d]
             value = value / tokens
-        scores[row[0], s] = value
+        scores[s] = value
 
 
 class Pipeline:
@@ -78,14 +76,7 @@ class Pipeline:
         Rows and columns of the embedding table.
     max_tokens, max_seqs : int
         Largest step, padding included.
-    window : int
-        Rows of `scores`: how many steps may run before their results are looked at.
     seed : int
-
-    Attributes
-    ----------
-    scores : device array of float64, shape (window, max_seqs)
-        One row a step, chosen by the step's ``row`` input.
 
     Notes
     -----
@@ -96,9 +87,7 @@ class Pipeline:
     Streams: the constructor copies on the default stream and waits for it.
     """
 
-    def __init__(
-        self, *, vocab: int, dim: int, max_tokens: int, max_seqs: int, window: int = 32, seed: int = 0
-    ) -> None:
+    def __init__(self, *, vocab: int, dim: int, max_tokens: int, max_seqs: int, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         self.table = random.integers(-64, 65, (vocab, dim)).astype(np.float32)  # [vocab, dim]
         self.weights = random.integers(-64, 65, dim).astype(np.float64)  # [dim]
@@ -106,27 +95,18 @@ class Pipeline:
         self._weights = cuda.to_device(self.weights)
         self._hidden = cuda.device_array((max_tokens, dim), np.float32)
         self._pooled = cuda.device_array((max_seqs, dim), np.float64)
-        # NaN equals nothing, so the result of a step that never ran is never right
-        self._unwritten = np.full((window, max_seqs), np.nan)
-        self.scores = cuda.to_device(self._unwritten)
         cuda.synchronize()  # a copy from pageable memory may return before it has arrived on the device
 
-    def __call__(self, step: Step) -> DeviceArray:
+    def __call__(self, step: Step) -> None:
         """Launch one step's kernels on ``step.stream``; the function to give to `capture_buckets`.
 
         Parameters
         ----------
         step
-            The capture context: a stream and the slots ``input_ids``, ``positions``, ``token_index``,
-            ``seq_starts``, ``row``.
-
-        Returns
-        -------
-        device array
-            `scores`, of which the kernels write the row that the step's ``row`` names.
+            The capture context: a stream, the slots ``input_ids``, ``positions``, ``token_index``, ``seq_starts`` and
+            the output ``scores``, float64, one for each sequence.
         """
         self.launch(step, step.stream)
-        return self.scores
 
     def launch(self, slots: Step | Mapping[str, DeviceArray], stream: NumbaStream) -> None:
         """Launch the kernels over the device arrays in `slots` (name to array) on a Numba stream."""
@@ -134,30 +114,18 @@ class Pipeline:
         dim = self.table.shape[1]
         embed = configure(_embed, *launch_shape(ids.size * dim), stream)
         pool = configure(_pool, *launch_shape((starts.size - 1) * dim), stream)
-        score = configure(_score, *launch_shape(self.scores.shape[1]), stream)
+        scores = slots["scores"]
+        score = configure(_score, *launch_shape(scores.size), stream)
         embed(ids, slots["positions"], self._table, self._hidden)
         pool(self._hidden, slots["token_index"], starts, self._pooled)
-        score(self._pooled, starts, self._weights, slots["row"], self.scores)
-
-    def collect(self) -> NDArray[np.float64]:
-        """Return `scores` on the host, shape (window, max_seqs), and set every row back to NaN.
-
-        Notes
-        -----
-        Streams: the caller has waited for its steps; this waits for its own copies.
-        """
-        scores: NDArray[np.float64] = self.scores.copy_to_host()
-        self.scores.copy_to_device(self._unwritten)
-        cuda.synchronize()
-        return scores
+        score(self._pooled, starts, self._weights, scores)
 
     def expected(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float64]:
-        """Return what NumPy finds for the live inputs of one step: a row of `scores`, shape (max_seqs,)."""
+        """Return what NumPy finds for the live inputs of one step: the scores, shape (sequences,)."""
         starts = inputs["seq_starts"]
         hidden = self.table[inputs["input_ids"]] + (inputs["positions"] & 7)[:, None].astype(np.float32)
         sums = np.zeros((len(hidden) + 1, hidden.shape[1]))
         np.cumsum(hidden, axis=0, dtype=np.float64, out=sums[1:])  # exact, so a difference of sums is a sum
         pooled = sums[starts[1:]] - sums[starts[:-1]]
-        row = np.zeros(self.scores.shape[1])
-        row[: starts.size - 1] = pooled @ self.weights / np.diff(starts)
-        return row
+        scores: NDArray[np.float64] = pooled @ self.weights / np.diff(starts)
+        return scores

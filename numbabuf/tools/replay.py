@@ -13,6 +13,7 @@ import itertools
 import platform
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from .. import _cuda
 from ..pool.spec import BufferSpec
 from ..step.manager import InputBufferManager
+from ..step.returns import Outputs
 from ..view.progress import Bar
 from ..view.report import thin
 from .pipeline import Pipeline
@@ -32,9 +34,6 @@ __all__ = ["print_intro", "print_results", "report_of", "run"]
 
 SCHEMA = 1
 """Version of the layout of `--json` files; it grows when a name changes its meaning or goes away."""
-
-WINDOW = 32
-"""Steps in flight before their results are compared."""
 
 
 def run(args: argparse.Namespace, trace: RequestTrace | StepTrace) -> dict[str, Any]:
@@ -65,14 +64,14 @@ class _Run:
         seqs = BufferSpec(args.max_seqs + 1, "int32")
         manager.register_slot("seq_starts", seqs, axis="seqs+1", pad="repeat_last", index=True, source_dtype="int64")
         manager.register_slot("token_index", BufferSpec(args.max_tokens, "int64"), index=True)
-        manager.register_slot("row", BufferSpec(1, "int64"), axis=None, index=True)
+        manager.register_output("scores", BufferSpec(args.max_seqs, "float64"), axis="seqs")
         sizes = {name: getattr(args, name) for name in ("vocab", "dim", "max_tokens", "max_seqs", "seed")}
-        self._manager, self._pipeline = manager, Pipeline(**sizes, window=WINDOW)
+        self._manager, self._pipeline = manager, Pipeline(**sizes)
         self._vocab, self._seed = args.vocab, args.seed
         self._host_ns: list[int] = []
         self._tokens: list[int] = []
-        self._pending: list[tuple[int, NDArray[np.float64]]] = []  # steps in flight: number, expected row of scores
-        self._row = np.zeros(1, np.int64)
+        self._pending: deque[tuple[int, Outputs, NDArray[np.float64]]] = deque()  # in flight: number, scores, expected
+        self._in_flight = args.ring
         self.mismatch: dict[str, float] | None = None
 
     def capture(self, on_progress: Bar | None) -> float:
@@ -89,38 +88,33 @@ class _Run:
             self._step(number, step)
             if bar is not None:
                 bar(number + 1, total)
-            if len(self._pending) == WINDOW:
+            if len(self._pending) > self._in_flight:
                 self._compare()
-                if self.mismatch is not None:
-                    return
-        self._compare()
+            if self.mismatch is not None:
+                return
+        while self._pending and self.mismatch is None:
+            self._compare()
 
     def _step(self, number: int, step: Step) -> None:
         inputs = token_inputs(step, vocab=self._vocab, seed=self._seed)
-        self._pending.append((number, self._pipeline.expected(inputs)))
-        self._row[0] = number % WINDOW
+        expected = self._pipeline.expected(inputs)
         begin_ns = time.perf_counter_ns()
-        self._manager.replay({**inputs, "row": self._row}, step.num_tokens, seqs=step.num_seqs)
+        outputs = self._manager.replay(inputs, step.num_tokens, seqs=step.num_seqs)
         self._host_ns.append(time.perf_counter_ns() - begin_ns)
+        self._pending.append((number, outputs, expected))
         self._tokens.append(step.num_tokens)
-        for array in (*inputs.values(), self._row):
+        for array in inputs.values():
             array.fill(0)  # the arrays are ours again: were they read later than this, it would show
 
     def _compare(self) -> None:
-        """Wait for the steps in flight and compare each, bit for bit, up to the first that differs."""
-        if not self._pending:
-            return
-        self._manager.synchronize()
-        scores = self._pipeline.collect()
-        for number, expected in self._pending:
-            found = scores[number % WINDOW]
-            wrong = found != expected  # NaN, which the row of a step that did not run holds, differs from all
-            if wrong.any():
-                at = int(wrong.argmax())
-                values = {"expected": float(expected[at]), "found": float(found[at])}
-                self.mismatch = {"step": number, "sequence": at, **values}
-                return
-        self._pending.clear()
+        """Wait for the oldest step in flight, and compare its scores bit for bit."""
+        number, outputs, expected = self._pending.popleft()
+        found = outputs["scores"]
+        wrong = found != expected
+        if wrong.any():
+            at = int(wrong.argmax())
+            values = {"expected": float(expected[at]), "found": float(found[at])}
+            self.mismatch = {"step": number, "sequence": at, **values}
 
     def results(self, capture_s: float, *, complete: bool) -> dict[str, Any]:
         """Return the figures of the run."""

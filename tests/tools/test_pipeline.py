@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from numbabuf._cuda import cuda
 from numbabuf.tools.pipeline import Pipeline
 
-VOCAB, DIM, MAX_TOKENS, MAX_SEQS, WINDOW = 50, 4, 24, 5, 3
+VOCAB, DIM, MAX_TOKENS, MAX_SEQS = 50, 4, 24, 5
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline(vocab=VOCAB, dim=DIM, max_tokens=MAX_TOKENS, max_seqs=MAX_SEQS, window=WINDOW, seed=1)
+    return Pipeline(vocab=VOCAB, dim=DIM, max_tokens=MAX_TOKENS, max_seqs=MAX_SEQS, seed=1)
 
 
 def step_inputs(lengths, seed):
@@ -28,29 +28,30 @@ def step_inputs(lengths, seed):
     }
 
 
-def run(pipeline, inputs, *, bucket, seqs=MAX_SEQS, row=0):
-    """Pad as a manager would, launch, and return the row of scores."""
+def run(pipeline, inputs, *, bucket, seqs=MAX_SEQS):
+    """Pad as a manager would, launch, and return the scores of all its sequences, padded ones too."""
     starts = inputs["seq_starts"]
     padded = {
         "input_ids": np.zeros(bucket, np.int64),
         "positions": np.zeros(bucket, np.int64),
         "token_index": np.zeros(bucket, np.int64),
         "seq_starts": np.full(seqs + 1, starts[-1], np.int32),
-        "row": np.array([row], np.int64),
+        "scores": np.full(seqs, np.nan),
     }
     for name, values in inputs.items():
         padded[name][: values.size] = values
     stream = cuda.stream()
-    pipeline.launch({name: cuda.to_device(values) for name, values in padded.items()}, stream)
+    device = {name: cuda.to_device(values) for name, values in padded.items()}
+    pipeline.launch(device, stream)
     stream.synchronize()
-    return pipeline.scores.copy_to_host()[row]
+    return device["scores"].copy_to_host()
 
 
 def by_hand(pipeline, inputs):
     """The scores in plain Python, with exact integers until the one division."""
     table, weights = pipeline.table.astype(int).tolist(), pipeline.weights.astype(int).tolist()
     starts = inputs["seq_starts"].tolist()
-    scores = [0.0] * MAX_SEQS
+    scores = [0.0] * (len(starts) - 1)
     for s in range(len(starts) - 1):
         total = 0
         for t in range(starts[s], starts[s + 1]):
@@ -66,12 +67,13 @@ step_lengths = st.lists(st.integers(1, MAX_TOKENS), min_size=1, max_size=MAX_SEQ
 
 
 @settings(max_examples=25)
-@given(lengths=step_lengths, seed=st.integers(0, 2**32 - 1), row=st.integers(0, WINDOW - 1))
-def test_kernels_equal_numpy_bit_for_bit(pipeline, lengths, seed, row):
+@given(lengths=step_lengths, seed=st.integers(0, 2**32 - 1))
+def test_kernels_equal_numpy_bit_for_bit(pipeline, lengths, seed):
     inputs = step_inputs(lengths, seed)
     expected = pipeline.expected(inputs)
     for bucket, seqs in ((sum(lengths), len(lengths)), (MAX_TOKENS, MAX_SEQS)):
-        assert (run(pipeline, inputs, bucket=bucket, seqs=seqs, row=row) == expected).all()
+        found = run(pipeline, inputs, bucket=bucket, seqs=seqs)
+        assert (found[: len(lengths)] == expected).all() and not found[len(lengths) :].any()
 
 
 @settings(max_examples=15)
@@ -83,7 +85,7 @@ def test_a_step_in_pieces_gives_the_same(pipeline, lengths, seed, width):
             name: values if name == "seq_starts" else values[start : start + width] for name, values in inputs.items()
         }
         found = run(pipeline, piece, bucket=width)
-    assert (found == pipeline.expected(inputs)).all()
+    assert (found[: len(lengths)] == pipeline.expected(inputs)).all()
 
 
 @given(lengths=step_lengths, seed=st.integers(0, 2**32 - 1))
@@ -98,14 +100,6 @@ def test_scores_beyond_the_step_are_zero(pipeline):
     assert after[0] != 0 and not after[1:].any()
 
 
-def test_each_step_writes_its_own_row_alone(pipeline):
-    inputs = [step_inputs([3, 2], seed) for seed in range(WINDOW)]
-    for row in range(WINDOW):
-        run(pipeline, inputs[row], bucket=8, row=row)
-    scores = pipeline.scores.copy_to_host()
-    assert (scores == [pipeline.expected(step) for step in inputs]).all()
-
-
 @pytest.mark.parametrize("name", ["input_ids", "positions", "seq_starts"])
 def test_every_input_counts(pipeline, name):
     """A wrong input cannot hide: each of them changes the scores."""
@@ -114,16 +108,7 @@ def test_every_input_counts(pipeline, name):
     changed[name][1] += 1
     expected = pipeline.expected(inputs)
     assert (pipeline.expected(changed) != expected).any()
-    assert (run(pipeline, changed, bucket=8) != expected).any()
-
-
-def test_collect_returns_the_scores_and_forgets_them(pipeline):
-    pipeline.collect()
-    inputs = step_inputs([3, 2], 0)
-    run(pipeline, inputs, bucket=8, row=1)
-    scores = pipeline.collect()
-    assert (scores[1] == pipeline.expected(inputs)).all() and np.isnan(scores[[0, 2]]).all()
-    assert np.isnan(pipeline.scores.copy_to_host()).all()
+    assert (run(pipeline, changed, bucket=8)[:2] != expected).any()
 
 
 def test_tables_are_seeded_and_whole():
