@@ -25,7 +25,7 @@ from .graph import CapturedStep, Step, recorded
 from .kept import Kept
 from .layout import Layout
 from .returns import Outputs, ReturnRing, StepOutputs
-from .ring import Block, StagingRing
+from .ring import Block, StagingRing, assignable
 from .slot import InputSlot
 
 __all__ = ["Arena"]
@@ -203,7 +203,7 @@ class Arena:
             How many of the inputs are slots.
         """
         # Hot path, guarded by benchmarks/step.py. Slots of one length share its shape and slice.
-        words, staged = block.words, block.staged
+        words, staged, views = block.words, block.staged, block.views
         before, block.padded = block.padded, None
         found = len(self._slots)
         if type(inputs) is not dict and not isinstance(inputs, Mapping):
@@ -212,21 +212,21 @@ class Arena:
         same = before is padded and (kept is None or kept.described(words, get))
         for axis, extra, room, slots in self._groups:
             rows = live[axis] + extra if axis >= 0 else extra
-            shape = (rows,) if rows <= room else None
             cut = slice(rows)
-            for slot in slots:
+            for slot, strides in slots:
                 data = get(slot.name)
                 position = slot.position
                 if data is None:
                     found -= 1
-                    if same and kept is None and slot.flat:
-                        words[slot.columns_word] = 0  # as below
-                    else:
-                        slot.describe(words, 0, slot.width, padded[position])
-                elif type(data) is ndarray and data.dtype is slot.source_dtype and data.shape == shape and slot.flat:
+                    self._leave_out(slot, words, padded[position], same and kept is None)
+                elif type(data) is ndarray and data.strides == strides and rows <= room:
+                    try:
+                        views[position][cut] = data  # refuses another length, or type, before a byte is written
+                    except ValueError:
+                        slot.write(words, staged[position], data, rows, padded[position])
+                        continue
                     if slot.checked:
                         slot.check_range(data)
-                    staged[position][cut] = data
                     if same:
                         words[slot.columns_word] = rows  # the padding is as this block's last step left it
                     else:
@@ -238,6 +238,14 @@ class Arena:
             self._write_rest(words, get, live, padded)
         block.padded = padded
         return found
+
+    @staticmethod
+    def _leave_out(slot: InputSlot, words: Any, padded: int, same: bool) -> None:
+        """Write into a block's words that a slot has no values; `same`: all else is as its last step left it."""
+        if same and slot.flat:
+            words[slot.columns_word] = 0
+        else:
+            slot.describe(words, 0, slot.width, padded)
 
     def _write_rest(self, words: Any, get: Any, live: tuple[int, ...], padded: tuple[int, ...]) -> None:
         """Write what few steps have into a block's words: further sizes, and slots that keep what they hold."""
@@ -475,8 +483,11 @@ def _no_mapping(inputs: object) -> TypeError:
     return TypeError(f"inputs is a {type(inputs).__name__}: give a mapping of slot names to arrays")
 
 
-def _groups(slots: tuple[InputSlot, ...]) -> list[tuple[int, int, int, tuple[InputSlot, ...]]]:
-    """Group the slots by what their length is: (axis, added to it, most rows they all stage, slots).
+_Group = tuple[int, int, int, tuple[tuple[InputSlot, "tuple[int, ...] | None"], ...]]
+
+
+def _groups(slots: tuple[InputSlot, ...]) -> list[_Group]:
+    """Group the slots by what their length is: (axis, added to it, most rows they all stage, slots and `assignable`).
 
     A slot that follows no axis has the axis -1 and its own length in place of what is added.
     """
@@ -484,4 +495,7 @@ def _groups(slots: tuple[InputSlot, ...]) -> list[tuple[int, int, int, tuple[Inp
     for slot in slots:
         extra = slot.extra if slot.axis_index >= 0 else slot.capacity
         groups.setdefault((slot.axis_index, extra), []).append(slot)
-    return [(*key, min(slot.max_live for slot in group), tuple(group)) for key, group in groups.items()]
+    return [
+        (*key, min(slot.max_live for slot in group), tuple((slot, assignable(slot)) for slot in group))
+        for key, group in groups.items()
+    ]

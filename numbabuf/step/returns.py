@@ -36,6 +36,9 @@ _QUIET = 10e-3
 """Seconds without news after which `Outputs.done` asks the driver, so that a loop on it ends where a step failed."""
 
 
+_in_order = threading.Lock()
+
+
 class Held(Exception):
     """The block that a step needs is held by another thread: wait for it with the manager's lock let go."""
 
@@ -198,6 +201,10 @@ class ReturnRing:
                         return outputs.kept[name].copy()  # type: ignore[index]
                 elif self._word[0] >= outputs.number:
                     outputs.read = True
+                    # An Arm processor may read the block before it reads the word above: it would read what was there
+                    # before the device wrote, and the word after. A lock between the two keeps them in order.
+                    with _in_order:
+                        pass
                     return self.view(slot, outputs).copy()
             self.wait(outputs.number, None)
 

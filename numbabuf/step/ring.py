@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from .. import _cuda
 from .._cuda import kernels
 from .layout import ALIGNMENT, Layout
+from .slot import InputSlot
 
-__all__ = ["Block", "StagingRing"]
+__all__ = ["Block", "StagingRing", "assignable"]
 
 _HALTED = 1 << 62  # a count of steps at which every block is taken, so that the hot path has no second question to ask
+
+
+def assignable(slot: InputSlot) -> tuple[int, ...] | None:
+    """Return the strides of an array that a memoryview over a slot's staged part may be assigned, which checks it.
+
+    The view refuses another length or element type by itself, in C. It is slow for other strides, and has no assignment
+    for some types: None.
+    """
+    dtype = slot.source_dtype
+    return (dtype.itemsize,) if slot.flat and dtype.isnative and dtype.char in "bBhHiIlLqQfd" else None
 
 
 class Block:
@@ -29,11 +41,13 @@ class Block:
         The live words, `kernels.LIVE` per slot.
     staged : list of numpy.ndarray
         Per slot position, its part of the block: shape (max_live,), `source_dtype`.
+    views : list of memoryview or None
+        Those parts again, where `assignable` says that a view checks what it is given.
     padded : tuple of int or None
         The padded rows per slot that `words` were last written for; the very tuple, so that `is` tells.
     """
 
-    __slots__ = ("padded", "staged", "words")
+    __slots__ = ("padded", "staged", "views", "words")
 
     def __init__(self, memory: np.ndarray, offset: int, layout: Layout) -> None:
         self.words = memoryview(memory[offset : offset + layout.words_bytes]).cast("q")  # type: ignore[arg-type]
@@ -42,6 +56,10 @@ class Block:
         self.staged = [
             _cuda.host_view(memory, offset + source, (slot.max_live,), slot.source_dtype)
             for slot, source in zip(layout.slots, layout.sources, strict=True)
+        ]
+        self.views: list[Any] = [
+            None if assignable(slot) is None else part.data
+            for slot, part in zip(layout.slots, self.staged, strict=True)
         ]
         self.padded: tuple[int, ...] | None = None
 

@@ -232,3 +232,30 @@ def test_an_error_is_printed_alone():
             with pytest.raises(Exception) as caught:
                 call()
             assert "During handling" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int64", "int32", "uint8", "float64", "float32", "float16", "complex64", "M8[s]", "?"]
+)
+def test_types_of_one_size_are_told_apart(dtype):
+    """The step's first look at an array is a memoryview's, which knows some types and not others."""
+    dtype = np.dtype(dtype)
+    with InputBufferManager(None, 1, 8, buckets=[4, 8], default_slots=False) as m:
+        slot = m.register_slot("x", BufferSpec(8, dtype), pad="keep")
+        good = np.array([1, 0, 1]).astype(dtype)
+        m.stage_inputs({"x": good}, 3)
+        for code in "bBhHiIlLqQefdFDM?":
+            other = np.dtype("M8[s]" if code == "M" else code)
+            data = np.zeros(3, other)
+            fits = other == dtype or (np.can_cast(other, dtype) and "M" not in (other.kind, dtype.kind))
+            if not fits:
+                with pytest.raises(TypeError, match="convert it"):
+                    m.stage_inputs({"x": data}, 3)
+            for wrong in (np.zeros(2, other), np.zeros(4, other), np.zeros((3, 1), other), np.zeros(9, other)):
+                with pytest.raises((TypeError, ValueError)):
+                    m.stage_inputs({"x": wrong}, 3)
+        m.synchronize()
+        assert kit.to_host(slot.array, m.stream)[:3].tolist() == good.tolist()
+        m.stage_inputs({"x": good[::-1]}, 3)
+        m.synchronize()
+        assert kit.to_host(slot.array, m.stream)[:3].tolist() == good[::-1].tolist()
