@@ -216,7 +216,7 @@ class InputBufferManager(Resource):
 
         A function that asks for it, by ``step[name]``, has its values sent by the last node of its graph, so that
         `replay` returns `Outputs`. An output is neither padded nor filled; what a step does not write is what the
-        array held before.
+        array held before. Refused as `register_slot` refuses.
 
         Parameters
         ----------
@@ -229,11 +229,6 @@ class InputBufferManager(Resource):
             Element type on the host where it differs; converted on the device, with NumPy's rounding.
         max_live : int, optional
             Most elements one step sends; the return ring keeps room for no more. Default: all.
-
-        Raises
-        ------
-        ValueError, TypeError, BusyError
-            As `register_slot`.
         """
         shared = self._shared
         with shared.alone("register_output"):
@@ -636,6 +631,11 @@ class InputBufferManager(Resource):
         AssertionError: slots overlap, a graph was captured over other memory, or host and device count steps apart.
         """
         self._shared.check()
+
+    @property
+    def _lease(self) -> Lease | None:
+        """The lease that `stage` gave out last, until it is ended."""
+        return self._shared.lease
 
     @property
     def pending(self) -> tuple[int, int] | None:
