@@ -238,7 +238,10 @@ class Program(Resource):
     def _end_lease(
         self, arena: Arena, live: tuple[int, ...], lease: Lease, how: str, each: Each | None, choice: Choice | None
     ) -> Any:
-        shared = self._shared
+        shared, returns = self._shared, arena.returns if how == "replay" and self.graphs.sends else None
+        if returns is not None:
+            shared.refuse_inside("the end of a lease")
+            returns.wait_free()  # with no lock held: who holds a return block may want it
         with shared.alone("the end of a lease"):
             if how != "discard":
                 shared.check_open()
@@ -248,13 +251,13 @@ class Program(Resource):
                 self._fill.check_device(arena, live)  # what is refused leaves the lease open
             if choice is not None:
                 choice.wanted(arena.layout, live)  # likewise
+            if returns is not None:
+                returns.refuse_held()  # likewise
             lease.expire()  # here, as two threads may end it at once, and `close` too
             shared.lease = None
             if how == "discard":
                 return None
-            for slot in arena.layout.slots:
-                if slot.checked and slot.name in lease.written:
-                    slot.check_range(lease.written[slot.name])
+            _check_written(arena, lease)
             if how == "fill":
                 result: Any = self._fill.end_lease(arena, live, lease, self)
             else:
@@ -528,6 +531,12 @@ class Program(Resource):
 
     def __repr__(self) -> str:
         return f"Program({self.name!r}, {'closed' if self.closed else f'{len(self.graphs)} graphs'})"
+
+
+def _check_written(arena: Arena, lease: Lease) -> None:
+    for slot in arena.layout.slots:
+        if slot.checked and slot.name in lease.written:
+            slot.check_range(lease.written[slot.name])
 
 
 def _size(graph: CapturedStep) -> CapturedSize:

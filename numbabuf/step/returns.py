@@ -151,18 +151,27 @@ class ReturnRing:
                 if not holders:
                     if owner is not None:
                         self.late_reads += not owner.read
-                        owner.keep(self._live_rows(place, owner))
+                        owner.keep(self._live_rows(owner))
                     self._owners[place] = _nobody
                     self._number = number
                     return StepOutputs(self, number, place, chosen, live)
                 if not skip and get_ident() not in holders:
                     raise Held
             if number == last:
-                raise BusyError(
-                    "the return block that this step needs is held: leave `with outputs.hold()` first, or make the "
-                    f"manager with more than returns={len(self._blocks)}"
-                )
+                raise self._held()
             number += 1
+
+    def refuse_held(self) -> None:
+        """Refuse a step while every block is held."""
+        with self.guard:
+            if all(self._holders):
+                raise self._held()
+
+    def _held(self) -> BusyError:
+        return BusyError(
+            "the return block that this step needs is held: leave `with outputs.hold()` first, or make the manager "
+            f"with more than returns={len(self._blocks)}"
+        )
 
     def own(self, outputs: StepOutputs) -> None:
         """The step was queued: its block is for `outputs` to read."""
@@ -266,7 +275,7 @@ class ReturnRing:
                 )
             self._holders[outputs.place].append(get_ident())
             outputs.read = True
-            return self._live_rows(outputs.place, outputs)
+            return self._live_rows(outputs)
 
     def let_go(self, place: int, thread: int) -> None:
         """End a hold."""
@@ -275,8 +284,7 @@ class ReturnRing:
             self._freed.notify_all()
             self._give_back()
 
-    def _live_rows(self, place: int, outputs: StepOutputs) -> dict[str, np.ndarray]:
-        assert place == outputs.place
+    def _live_rows(self, outputs: StepOutputs) -> dict[str, np.ndarray]:
         return {name: self.view(slot, outputs) for name, slot in self.names(outputs.chosen).items()}
 
     # ------------------------------------------------------------------------------------------------------- the end
@@ -287,20 +295,23 @@ class ReturnRing:
         Where the context is gone no word is read: it went with it.
         """
         with self.guard:
-            for place, owner in enumerate(self._owners):
+            for owner in self._owners:
                 outputs = owner()
                 if outputs is not None and not self._life.ended and self._word[0] >= outputs.number:
-                    outputs.keep(self._live_rows(place, outputs))
-                self._retired = True
+                    outputs.keep(self._live_rows(outputs))
+            self._retired = True
             self._give_back()
 
     def abandon(self) -> None:
         """In a forked child: read nothing any more, and leave the memory to the parent."""
-        self.guard, self._retired = threading.RLock(), True  # another thread may have held the guard
+        self.guard = threading.RLock()  # another thread may have held the old one
+        self._freed = threading.Condition(self.guard)
+        self._retired, self._entry = True, None
 
     def _give_back(self) -> None:
-        if self._retired and self._entry.state is not BufferState.FREE and not any(self._holders):
-            self._entry.release()
+        entry = self._entry
+        if self._retired and entry is not None and entry.state is not BufferState.FREE and not any(self._holders):
+            entry.release()
 
 
 def _nobody() -> None:

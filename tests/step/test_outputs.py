@@ -262,6 +262,19 @@ def test_a_held_block_is_never_written(manager):
         pass
 
 
+def test_a_lease_that_finds_its_block_held_stays_open():
+    with make(returns=1) as m:
+        held = m.replay({"x": [5]}, 1)
+        with m.stage(1) as lease:
+            lease["x"][:] = 7
+            with held.hold() as arrays:
+                with pytest.raises(BusyError, match="leave `with outputs.hold"):
+                    lease.replay()
+                assert lease.open and arrays["squares"].tolist() == [25]
+            assert is_right(lease.replay(), np.array([7]))
+        assert is_right(held, np.array([5]))
+
+
 def test_a_step_waits_for_another_threads_hold_with_the_lock_let_go():
     with make(returns=1) as m:
         held = m.replay({"x": [5]}, 1)
@@ -492,10 +505,14 @@ print("right")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="os.fork is missing")
 def test_a_forked_child_reads_nothing():
     in_a_process("""
+hold = last.hold()
+hold.__enter__()
 child = os.fork()
 if child == 0:
     refused("the manager is closed")
+    hold.__exit__(None, None, None)
     os._exit(3)
+hold.__exit__(None, None, None)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
 assert all(outputs["y"].shape == (3,) for outputs in (earlier, late, last))
 m.close()
